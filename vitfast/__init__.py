@@ -1,0 +1,3 @@
+"""vitfast: a fast Vision Transformer for PyTorch."""
+
+__version__ = "0.1.0"
