@@ -1,0 +1,27 @@
+"""The ops: one file each, with its reference, schema, backends, gradient and public function."""
+
+from .attention import HeadNorm, attention
+from .dispatch import backends
+from .layer_norm import add_layer_norm, layer_norm
+from .library import extension_status
+from .linear import linear
+from .linear_residual import linear_residual
+from .mlp import mlp
+from .norm_linear import norm_linear
+from .norm_mlp import norm_mlp
+from .patch_embed import patch_embed
+
+__all__ = [
+    "HeadNorm",
+    "add_layer_norm",
+    "attention",
+    "backends",
+    "extension_status",
+    "layer_norm",
+    "linear",
+    "linear_residual",
+    "mlp",
+    "norm_linear",
+    "norm_mlp",
+    "patch_embed",
+]

@@ -1,0 +1,91 @@
+"""Checks and conventions that every op shares: dtypes under autocast, flat rows, recompute policies, optional gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# What an op keeps for backward, most first. "inference" keeps nothing at all: no gradient is wanted.
+POLICIES = ("none", "fused", "mlp")
+ACTIVATIONS = ("gelu", "gelu_tanh")
+
+
+def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype of a matrix product with ``weight``: autocast's, else the weight's own."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return weight.dtype
+
+
+def check_policy(recompute: str, *tensors: Tensor | None) -> str:
+    """Return ``recompute``, or "inference" where no gradient of ``tensors`` is wanted; ValueError for other words."""
+    if recompute not in POLICIES:
+        raise ValueError(f"recompute is {recompute!r}; an op takes {', '.join(map(repr, POLICIES))}")
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return recompute if wanted else "inference"
+
+
+def check_activation(activation: str) -> None:
+    """Raise ValueError unless ``activation`` is one the ops know."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; allowed are {', '.join(map(repr, ACTIVATIONS))}")
+
+
+def check_shape(name: str, x: Tensor | None, *allowed: Sequence[int]) -> None:
+    """Raise ValueError unless ``x`` is None or has one of the allowed shapes."""
+    if x is not None and not any(tuple(x.shape) == tuple(shape) for shape in allowed):
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; allowed: {' or '.join(str(tuple(s)) for s in allowed)}")
+
+
+def check_linear(name: str, weight: Tensor, bias: Tensor | None, inputs: int) -> None:
+    """Raise ValueError unless ``weight`` is [O, inputs] and ``bias`` None or [O]; ``name`` is their prefix, as "fc1_"."""
+    if weight.dim() != 2 or weight.shape[1] != inputs:
+        raise ValueError(f"{name}weight has shape {tuple(weight.shape)}; allowed: (outputs, {inputs})")
+    check_shape(f"{name}bias", bias, weight.shape[:1])
+
+
+def check_drop_path(drop_path: Tensor | None, x: Tensor) -> None:
+    """Raise ValueError unless ``drop_path`` is None or one factor for each sample of ``x`` [B, ..., D]."""
+    check_shape("drop_path", drop_path, x.shape[:1])
+
+
+def rows(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """[..., D] as contiguous [T, D] rows, in ``dtype`` where given; a view where it already is so."""
+    x = x.reshape(-1, x.shape[-1]).contiguous()
+    return x if dtype is None else x.to(dtype)
+
+
+def cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """``x`` in ``dtype``, None for None."""
+    return None if x is None else x.to(dtype)
+
+
+def nothing(like: Tensor) -> Tensor:
+    """The empty tensor that ops return in place of a result that is not kept or not wanted."""
+    return like.new_empty(0)
+
+
+def gradients(
+    grads: Sequence[Tensor | None], likes: Sequence[Tensor | None], wanted: Sequence[bool], fallback: Tensor
+) -> tuple[Tensor, ...]:
+    """What a backward op returns: each wanted gradient in its input's dtype and shape, an empty tensor for the others."""
+    return tuple(
+        d.to(like.dtype).view(like.shape) if want and d is not None and like is not None else nothing(fallback)
+        for d, like, want in zip(grads, likes, wanted, strict=True)
+    )
+
+
+def fake_gradients(likes: Sequence[Tensor | None], wanted: Sequence[bool], fallback: Tensor) -> tuple[Tensor, ...]:
+    """The shapes of :func:`gradients`."""
+    return tuple(
+        like.new_empty(like.shape) if want and like is not None else nothing(fallback)
+        for like, want in zip(likes, wanted, strict=True)
+    )
+
+
+def wanted_only(results: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """A backward op's results for autograd: None for each that was not wanted."""
+    return tuple(r if want else None for r, want in zip(results, wanted, strict=True))

@@ -1,0 +1,108 @@
+"""Pieces that several ops are composed of: the two products of an MLP, and a projection added to the residual stream.
+
+Legend: T rows, D width, F hidden width, I inputs, O outputs; ``X`` dtype of the residual stream, ``Y`` of the products.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .arguments import nothing
+from .products import input_grad, linear, linear_activation, linear_add, weight_grad
+
+
+def hidden_forward(
+    kernels: Any, x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None, activation: str, policy: str
+) -> tuple[Tensor, Tensor]:
+    """(act(x W^T + b) [T, F], the sum before it [T, F] or empty for "inference")."""
+    if policy == "inference":
+        fused = linear_activation(x_TD, weight_FD, bias_F, activation)
+        if fused is not None:
+            return fused, nothing(x_TD)
+    h_TF = linear(x_TD, weight_FD, bias_F)
+    return kernels.activation_forward(h_TF, activation), h_TF
+
+
+def project_add_forward(
+    kernels: Any,
+    residual_TO: Tensor,
+    x_TI: Tensor,
+    weight_OI: Tensor,
+    bias_O: Tensor | None,
+    scale_O: Tensor | None,
+    drop_path_B: Tensor | None,
+) -> Tensor:
+    """residual + drop_path * scale * (x W^T + b) -> [T, O] in X."""
+    if scale_O is None and drop_path_B is None:
+        total = linear_add(x_TI, weight_OI, bias_O, residual_TO)
+        if total is not None:
+            return total
+    return kernels.scale_add(residual_TO, linear(x_TI, weight_OI, bias_O), scale_O, drop_path_B)
+
+
+def branch_grads(
+    d_out_TO: Tensor, scale_O: Tensor | None, drop_path_B: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The gradient behind DropPath, and behind DropPath and LayerScale -> two [T, O] in Y (one tensor without a scale)."""
+    dropped = d_out_TO
+    if drop_path_B is not None and drop_path_B.numel():
+        repeats = d_out_TO.shape[0] // drop_path_B.numel()
+        dropped = dropped * drop_path_B.to(d_out_TO.dtype).repeat_interleave(repeats).unsqueeze(1)
+    if scale_O is None:
+        dropped = dropped.to(dtype)
+        return dropped, dropped
+    return dropped.to(dtype), (dropped * scale_O.to(dropped.dtype)).to(dtype)
+
+
+def project_weight_grads(
+    dropped_TO: Tensor,
+    branch_TO: Tensor,
+    x_TI: Tensor,
+    weight_OI: Tensor,
+    bias_O: Tensor | None,
+    scale_O: Tensor | None,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(d_weight [O, I], d_bias [O], d_scale [O]), None for each that is not wanted.
+
+    With G = dropped^T x, the gradient of LayerScale is rowsum(G * W) + b * sum(dropped): the projection's output need not
+    be kept for it, and the weight's own gradient is scale * G.
+    """
+    want_weight, want_bias, want_scale = wanted
+    if scale_O is None:
+        d_weight = weight_grad(branch_TO, x_TI) if want_weight else None
+        return d_weight, column_sum(branch_TO) if want_bias else None, None
+    sums_O = column_sum(dropped_TO) if want_bias or want_scale else None
+    product_OI = weight_grad(dropped_TO, x_TI) if want_weight or want_scale else None
+    d_scale = None
+    if want_scale and product_OI is not None and sums_O is not None:
+        d_scale = (product_OI.to(sums_O.dtype) * weight_OI.to(sums_O.dtype)).sum(1)
+        if bias_O is not None:
+            d_scale = d_scale + bias_O.to(sums_O.dtype) * sums_O
+    wide = scale_O if scale_O.dtype == torch.float64 else scale_O.float()
+    d_weight = product_OI * wide.unsqueeze(1) if want_weight and product_OI is not None else None
+    return d_weight, sums_O * wide if want_bias and sums_O is not None else None, d_scale
+
+
+def hidden_grads(
+    kernels: Any,
+    d_act_TF: Tensor,
+    h_TF: Tensor,
+    act_TF: Tensor | None,
+    x_TD: Tensor,
+    weight_FD: Tensor,
+    activation: str,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(d_x [T, D], act(h) [T, F], d_weight [F, D], d_bias [F]); the last two None where not wanted."""
+    d_h, act, d_bias = kernels.activation_backward(h_TF, d_act_TF, activation, act_TF is None)
+    d_weight = weight_grad(d_h, x_TD) if wanted[0] else None
+    return input_grad(d_h, weight_FD), act if act_TF is None else act_TF, d_weight, d_bias if wanted[1] else None
+
+
+def column_sum(x_TO: Tensor) -> Tensor:
+    """Sum over rows, accumulated in fp32 (fp64 for fp64) -> [O]."""
+    return x_TO.sum(0, dtype=torch.float64 if x_TO.dtype == torch.float64 else torch.float32)

@@ -1,0 +1,143 @@
+"""The only place that picks a backend.
+
+A backend is a set of primitive kernels (``plain.py`` or ``raw.py``) with a function that says why it cannot run. Each op
+lists its backends in order of preference; ``choose`` takes the first that can run, or the one that was named.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .library import extension_status
+
+NAMES = ("auto", "cpu", "triton", "cuda", "torch")
+TABLE: dict[str, Sequence[Backend]] = {}  # op -> its backends, filled by each op's module
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run an op.
+
+    Attributes:
+        name: what the caller writes as ``backend=``.
+        run: returns the primitive kernels; imports what it needs only when called.
+        why_not: ``why_not(device, dtypes, named)`` returns the reason it cannot run there, or None; ``device=None`` asks
+            about the machine alone. ``named`` is false for ``backend="auto"``.
+    """
+
+    name: str
+    run: Callable[[], Any]
+    why_not: Callable[[str | None, Sequence[torch.dtype], bool], str | None]
+
+
+def check_backend_name(backend: str) -> None:
+    """Raise ValueError unless ``backend`` is a known name."""
+    if backend not in NAMES:
+        raise ValueError(f"backend is {backend!r}; allowed are {', '.join(map(repr, NAMES))}")
+
+
+def choose(op: str, x: torch.Tensor, wanted: str, *more: torch.dtype) -> Any:
+    """Return the kernels of the backend that runs ``op`` on ``x`` (and on tensors of ``more`` dtypes).
+
+    Raises:
+        ValueError: ``wanted`` is no backend's name.
+        RuntimeError: the named backend (or, for "auto", every one) cannot run; lists each backend's reason.
+    """
+    device, dtypes = x.device.type, (x.dtype, *more)
+    for backend in TABLE[op]:
+        if wanted in ("auto", backend.name) and backend.why_not(device, dtypes, wanted != "auto") is None:
+            return backend.run()
+    check_backend_name(wanted)
+    reasons = "; ".join(f"{b.name}: {b.why_not(device, dtypes, True) or 'can run'}" for b in TABLE[op])
+    raise RuntimeError(f"{op}: backend {wanted!r} cannot run on {device} tensors of {x.dtype}. {reasons}")
+
+
+def backends() -> list[dict[str, Any]]:
+    """Every op with every backend on this machine: ``{"op", "backend", "available", "reason"}``, reason None if available."""
+    rows = []
+    for op, table in sorted(TABLE.items()):
+        for backend in table:
+            reason = backend.why_not(None, (), True)
+            rows.append({"op": op, "backend": backend.name, "available": reason is None, "reason": reason})
+    return rows
+
+
+def standard_backends(*names: str) -> tuple[Backend, ...]:
+    """The table rows of the named backends, with the reasons that hold for every op."""
+    return tuple(_STANDARD[name] for name in names)
+
+
+def _torch_kernels() -> Any:
+    from . import plain
+
+    return plain
+
+
+@functools.cache
+def _raw_kernels(kind: str) -> Any:
+    from .raw import RawKernels, TritonKernels
+
+    return TritonKernels() if kind == "triton" else RawKernels()
+
+
+def _never(device: str | None, dtypes: Sequence[torch.dtype], named: bool) -> str | None:
+    return None
+
+
+def _why_not_cpu(device: str | None, dtypes: Sequence[torch.dtype], named: bool) -> str | None:
+    status = extension_status()["_C"]
+    if not status["loaded"]:
+        return f"the C++ extension did not load: {status['error']}"
+    if device is None:
+        return None
+    if device != "cpu":
+        return "needs CPU tensors"
+    return _why_not_dtype(dtypes, (torch.float32, torch.bfloat16))
+
+
+def _why_not_cuda(device: str | None, dtypes: Sequence[torch.dtype], named: bool) -> str | None:
+    status = extension_status()["_C_cuda"]
+    if not status["loaded"]:
+        return f"the CUDA extension did not load: {status['error']}"
+    if device is None:
+        return None if torch.cuda.is_available() else "no CUDA GPU"
+    if device != "cuda":
+        return "needs CUDA tensors"
+    return _why_not_dtype(dtypes, (torch.float32, torch.bfloat16, torch.float16))
+
+
+def _why_not_triton(device: str | None, dtypes: Sequence[torch.dtype], named: bool) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch: its kernels run on the CPU, slowly
+    if device is None:
+        return (
+            None if interpreted or torch.cuda.is_available() else "no CUDA GPU (TRITON_INTERPRET=1 runs it on the CPU)"
+        )
+    if device == "cuda":
+        return _why_not_dtype(dtypes, (torch.float32, torch.bfloat16, torch.float16))
+    if device != "cpu" or not interpreted:
+        return "needs CUDA tensors (or TRITON_INTERPRET=1 and CPU tensors)"
+    if not named:
+        return "the interpreter is for tests: it runs only when named"
+    return _why_not_dtype(dtypes, (torch.float32, torch.float16))  # the interpreter has no bf16 products
+
+
+def _why_not_dtype(dtypes: Sequence[torch.dtype], allowed: Sequence[torch.dtype]) -> str | None:
+    refused = [d for d in dtypes if d not in allowed]
+    return f"dtype {refused[0]} is not among {', '.join(map(str, allowed))}" if refused else None
+
+
+_STANDARD = {
+    "cpu": Backend("cpu", functools.partial(_raw_kernels, "cpu"), _why_not_cpu),
+    "triton": Backend("triton", functools.partial(_raw_kernels, "triton"), _why_not_triton),
+    "cuda": Backend("cuda", functools.partial(_raw_kernels, "cuda"), _why_not_cuda),
+    "torch": Backend("torch", _torch_kernels, _never),
+}

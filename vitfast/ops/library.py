@@ -1,0 +1,78 @@
+"""How an op enters PyTorch: one torch.library namespace, defined in Python, and the loader of the C++ extension.
+
+Ops are defined here rather than in C++ so that they exist, trace and document themselves where the extension is absent.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LIBRARY = torch.library.Library("vitfast", "DEF")
+
+
+def register(
+    schema: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None,
+) -> torch._ops.OpOverload:
+    """Define one op from its schema and return it.
+
+    Args:
+        schema: ``"name(Tensor x, ...) -> Tensor"``.
+        run: the implementation for every device (it picks the backend).
+        fake: the same with shapes only; allocates with ``x.new_empty(shape)``.
+        backward, setup_context: as for ``torch.library.register_autograd``. Without them the op has no derivative, and
+            differentiating it raises.
+    """
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"vitfast::{name}", fake, lib=LIBRARY)
+    torch.library.register_autograd(
+        f"vitfast::{name}", backward or _no_second_derivative(name), setup_context=setup_context, lib=LIBRARY
+    )
+    return getattr(torch.ops.vitfast, name).default
+
+
+def _no_second_derivative(name: str) -> Callable[..., Any]:
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(f"vitfast::{name} is itself a gradient; second derivatives are not implemented")
+
+    return backward
+
+
+@functools.cache
+def extension_status() -> dict[str, dict[str, Any]]:
+    """Load the C++ libraries once and say how that went.
+
+    Returns ``{"_C": {"loaded": bool, "path": str | None, "error": str | None}, "_C_cuda": {...}}``: ``_C`` has the CPU
+    kernels and every schema, ``_C_cuda`` (needs ``_C``) the CUDA kernels. The error is the loader's own message.
+    """
+    status: dict[str, dict[str, Any]] = {}
+    folder = Path(__file__).resolve().parents[1]
+    for stem in ("_C", "_C_cuda"):
+        path = folder / f"{stem}.abi3.so"
+        entry: dict[str, Any] = {"loaded": False, "path": str(path), "error": None}
+        if not path.exists():
+            entry |= {
+                "path": None,
+                "error": f"{path.name} is not built (python setup.py build_ext --inplace builds it)",
+            }
+        elif stem == "_C_cuda" and not status["_C"]["loaded"]:
+            entry["error"] = "needs _C, which did not load"
+        else:
+            try:
+                torch.ops.load_library(str(path))
+                entry["loaded"] = True
+            except (OSError, RuntimeError) as error:
+                entry["error"] = str(error)
+        status[stem] = entry
+    return status

@@ -1,0 +1,176 @@
+"""The transformer's MLP: two linear layers with a GELU between them.
+
+Legend: T = B * L rows, D width, F hidden width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as nn_functional
+
+from .arguments import (
+    cast,
+    check_activation,
+    check_linear,
+    check_policy,
+    fake_gradients,
+    gradients,
+    product_dtype,
+    rows,
+    wanted_only,
+)
+from .compose import column_sum, hidden_forward, hidden_grads
+from .dispatch import TABLE, choose, standard_backends
+from .library import register
+from .products import input_grad, linear, weight_grad
+
+TABLE["mlp"] = standard_backends("cpu", "triton", "cuda", "torch")
+
+
+def mlp_ref(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    *,
+    activation: str = "gelu",
+) -> Tensor:
+    """Plain PyTorch; the truth in fp64."""
+    approximate = "tanh" if activation == "gelu_tanh" else "none"
+    hidden = nn_functional.gelu(nn_functional.linear(x, fc1_weight, fc1_bias), approximate=approximate)
+    return nn_functional.linear(hidden, fc2_weight, fc2_bias)
+
+
+def _forward(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    activation: str,
+    dtype: torch.dtype,
+    policy: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    kernels = choose("mlp", x, backend, dtype)
+    act, h = hidden_forward(kernels, rows(x, dtype), fc1_weight.to(dtype), cast(fc1_bias, dtype), activation, policy)
+    out = linear(act, fc2_weight.to(dtype), cast(fc2_bias, dtype))
+    return out.view(*x.shape[:-1], fc2_weight.shape[0]), h
+
+
+def _fake_forward(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    activation: str,
+    dtype: torch.dtype,
+    policy: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    T = x.shape[:-1].numel()
+    h = x.new_empty((T, fc1_weight.shape[0]) if policy != "inference" else (0,), dtype=dtype)
+    return x.new_empty((*x.shape[:-1], fc2_weight.shape[0]), dtype=dtype), h
+
+
+def _backward(
+    d_out: Tensor,
+    x: Tensor,
+    h: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    activation: str,
+    wanted: list[bool],
+    backend: str,
+) -> tuple[Tensor, ...]:
+    dtype, d_TD = d_out.dtype, rows(d_out)
+    kernels = choose("mlp", x, backend, dtype)
+    d_act = input_grad(d_TD, fc2_weight.to(dtype))
+    d_x, act, d_fc1_weight, d_fc1_bias = hidden_grads(
+        kernels, d_act, h, None, rows(x, dtype), fc1_weight.to(dtype), activation, (wanted[1], wanted[2])
+    )
+    grads = (
+        d_x,
+        d_fc1_weight,
+        d_fc1_bias,
+        weight_grad(d_TD, act) if wanted[3] else None,
+        column_sum(d_TD) if wanted[4] else None,
+    )
+    return gradients(grads, (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias), wanted, d_out)
+
+
+def _fake_backward(d_out: Tensor, x: Tensor, h: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *parameters, _activation, wanted, _backend = rest
+    return fake_gradients((x, *parameters), wanted, d_out)
+
+
+_mlp_backward = register(
+    "mlp_backward(Tensor d_out, Tensor x, Tensor h, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, "
+    "Tensor? fc2_bias, str activation, bool[] wanted, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, *parameters, ctx.activation, _, _, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, output[1], *parameters)
+
+
+def _autograd(ctx: Any, d_out: Tensor, *_: Any) -> tuple[Any, ...]:
+    wanted = list(ctx.needs_input_grad[:5])
+    grads = _mlp_backward(d_out, *ctx.saved_tensors, ctx.activation, wanted, ctx.backend)
+    return *wanted_only(grads, wanted), None, None, None, None
+
+
+_mlp = register(
+    "mlp(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, str activation, "
+    "ScalarType dtype, str policy, str backend) -> (Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+    backward=_autograd,
+    setup_context=_setup_context,
+)
+
+
+def mlp(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    *,
+    activation: str = "gelu",
+    backend: str = "auto",
+) -> Tensor:
+    """fc2(gelu(fc1(x))) (Vaswani et al. 2017, arXiv:1706.03762, eq. 2, with GELU, arXiv:1606.08415).
+
+    Args:
+        x: [..., D].
+        fc1_weight, fc1_bias: [F, D] and [F] or None.
+        fc2_weight, fc2_bias: [D, F] and [D] or None.
+        activation: "gelu" (erf) or "gelu_tanh".
+        backend: "auto", "cpu", "triton", "cuda" or "torch".
+
+    Returns:
+        [..., D] in the weights' dtype, or autocast's. Keeps x and fc1's output for backward, not the GELU's.
+
+    Raises:
+        ValueError: a shape does not fit, or the activation is unknown.
+        RuntimeError: the named backend cannot run; the message has every backend's reason.
+    """
+    check_activation(activation)
+    check_linear("fc1_", fc1_weight, fc1_bias, x.shape[-1])
+    check_linear("fc2_", fc2_weight, fc2_bias, fc1_weight.shape[0])
+    policy = check_policy("fused", x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    dtype = product_dtype(x, fc1_weight)
+    return _mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, dtype, policy, backend)[0]

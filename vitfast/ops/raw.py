@@ -1,0 +1,212 @@
+"""The primitive kernels through raw ones: C++ (``torch.ops.vitfast_C``, CPU and CUDA) or Triton (``vitfast.kernels``).
+
+Raw kernels write into outputs that are allocated here, and take contiguous inputs. Same functions, meaning and shapes as
+``plain.py``, which documents them.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _f32(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float().contiguous()
+
+
+class RawKernels:
+    """Kernels of the C++ extension; the dispatcher picks the CPU or the CUDA one by the tensors' device."""
+
+    def __init__(self, functions: Any = None) -> None:
+        self.functions = functions or torch.ops.vitfast_C
+
+    def scale_add(
+        self,
+        residual: Tensor,
+        branch: Tensor,
+        scale: Tensor | None,
+        drop_path: Tensor | None,
+    ) -> Tensor:
+        total = torch.empty_like(residual)
+        self.functions.scale_add_forward(residual, branch, _f32(scale), _f32(drop_path), total)
+        return total
+
+    def layer_norm_forward(
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        scale: Tensor | None,
+        drop_path: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        total = None if branch is None else torch.empty_like(x)
+        normed = torch.empty_like(x, dtype=dtype)
+        mean, rstd = x.new_empty(2, x.shape[0], dtype=torch.float32).unbind(0)
+        self.functions.layer_norm_forward(
+            x, branch, _f32(scale), _f32(drop_path), _f32(weight), _f32(bias), eps, total, normed, mean, rstd
+        )
+        return x if total is None else total, normed, mean, rstd
+
+    def layer_norm_apply(
+        self,
+        total: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        normed = torch.empty_like(total, dtype=dtype)
+        self.functions.layer_norm_apply(total, mean, rstd, _f32(weight), _f32(bias), normed)
+        return normed
+
+    def layer_norm_backward(
+        self,
+        d_normed: Tensor,
+        d_total: Tensor | None,
+        total: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        weight: Tensor,
+        branch: Tensor | None = None,
+        scale: Tensor | None = None,
+        drop_path: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
+        d_x = torch.empty_like(total)
+        d_branch = None if branch is None else torch.empty_like(branch)
+        sums = total.new_empty(3, total.shape[1], dtype=torch.float32)
+        d_scale = None if branch is None or scale is None else sums[2]
+        self.functions.layer_norm_backward(
+            d_normed,
+            d_total,
+            total,
+            mean,
+            rstd,
+            _f32(weight),
+            branch,
+            _f32(scale),
+            _f32(drop_path),
+            d_x,
+            d_branch,
+            d_scale,
+            sums[0],
+            sums[1],
+        )
+        return d_x, d_branch, d_scale, sums[0], sums[1]
+
+    def activation_forward(self, h: Tensor, kind: str) -> Tensor:
+        act = torch.empty_like(h)
+        self.functions.activation_forward(h, kind, act)
+        return act
+
+    def activation_backward(
+        self, h: Tensor, d_act: Tensor, kind: str, want_act: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        d_h = torch.empty_like(h)
+        act = torch.empty_like(h) if want_act else None
+        d_bias = h.new_empty(h.shape[1], dtype=torch.float32)
+        self.functions.activation_backward(h, d_act, kind, d_h, act, d_bias)
+        return d_h, act, d_bias
+
+    def attention_forward(
+        self,
+        qkv: Tensor,
+        scale: float,
+        bias: Tensor | None,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int,
+    ) -> tuple[Tensor, Tensor]:
+        out = qkv.new_empty(qkv.shape[:-3] + qkv.shape[-2:])
+        lse = qkv.new_empty(qkv.shape[-2], out.shape[:-2].numel(), dtype=torch.float32)
+        self.functions.attention_forward(
+            qkv.flatten(0, -4), scale, bias, *self._lengths(qkv, cu_seqlens, max_seqlen), out.flatten(0, -3), lse
+        )
+        return out, lse
+
+    def attention_backward(
+        self,
+        d_out: Tensor,
+        qkv: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        scale: float,
+        bias: Tensor | None,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int,
+        want_bias: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        d_qkv = torch.empty_like(qkv)
+        d_bias = torch.empty_like(bias, dtype=torch.float32) if want_bias and bias is not None else None
+        self.functions.attention_backward(
+            d_out.flatten(0, -3),
+            qkv.flatten(0, -4),
+            out.flatten(0, -3),
+            lse,
+            scale,
+            bias,
+            *self._lengths(qkv, cu_seqlens, max_seqlen),
+            d_qkv.flatten(0, -4),
+            d_bias,
+        )
+        return d_qkv, d_bias
+
+    def _lengths(self, qkv: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> tuple[Any, ...]:
+        """What the raw attention takes for "where each sequence lies"."""
+        if cu_seqlens is None:
+            return _even_lengths(qkv.shape[0], qkv.shape[1], qkv.device), qkv.shape[1]
+        return cu_seqlens, max_seqlen
+
+    def patchify(self, images: Tensor, patch: int, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
+        B, C, height, width = images.shape
+        patches = images.new_empty(B * (height // patch) * (width // patch), C * patch * patch, dtype=dtype)
+        self.functions.patchify(images, patch, scale, shift, patches)
+        return patches
+
+    def unpatchify(
+        self, d_patches: Tensor, patch: int, scale: Tensor, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> Tensor:
+        d_images = d_patches.new_empty(shape, dtype=dtype)
+        self.functions.unpatchify(d_patches, patch, scale, d_images)
+        return d_images
+
+    def assemble_tokens(
+        self,
+        projected: Tensor,
+        images: int,
+        bias: Tensor | None,
+        pos_embed: Tensor | None,
+        prefix: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        R, N = 0 if prefix is None else prefix.shape[0], projected.shape[0] // max(images, 1)
+        tokens = projected.new_empty(images, R + N, projected.shape[1], dtype=dtype)
+        self.functions.assemble_tokens(projected, _f32(bias), _f32(pos_embed), _f32(prefix), tokens)
+        return tokens
+
+
+class TritonKernels(RawKernels):
+    """Kernels of ``vitfast.kernels``; on a plain batch attention takes the length itself instead of offsets."""
+
+    def __init__(self) -> None:
+        from vitfast.kernels import activation, attention, layer_norm, patch_embed
+
+        modules = (layer_norm, activation, attention, patch_embed)
+        super().__init__(SimpleNamespace(**{k: v for m in modules for k, v in vars(m).items()}))
+
+    def _lengths(self, qkv: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> tuple[Any, ...]:
+        if cu_seqlens is None:
+            return None, qkv.shape[1], qkv.shape[1]
+        return cu_seqlens, max_seqlen, 0
+
+
+@functools.lru_cache(maxsize=64)
+def _even_lengths(batch: int, length: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(batch + 1, dtype=torch.int32, device=device) * length
