@@ -1,0 +1,65 @@
+// Includes the file VITFAST_KERNEL once per instruction set, inside namespace vitfast::VITFAST_ISA and with that set
+// switched on for the functions it defines. Whatever the kernel uses from outside must be included before: a function
+// of the standard library compiled with AVX-512 could replace the one that every CPU can run. Included once per .cpp.
+// VITFAST_LEVEL: 0 portable, 1 AVX2 + FMA, 2 AVX-512, 3 AVX-512 with bf16.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "isa.h"
+
+#if VITFAST_X86
+#include <immintrin.h>
+#endif
+
+#define VITFAST_LEVEL 0
+#define VITFAST_ISA portable
+namespace vitfast::portable {
+#include "vec.h"
+#include VITFAST_KERNEL
+}  // namespace vitfast::portable
+#undef VITFAST_LEVEL
+#undef VITFAST_ISA
+
+#if VITFAST_X86
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#define VITFAST_LEVEL 1
+#define VITFAST_ISA avx2
+namespace vitfast::avx2 {
+#include "vec.h"
+#include VITFAST_KERNEL
+}  // namespace vitfast::avx2
+#undef VITFAST_LEVEL
+#undef VITFAST_ISA
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#define VITFAST_LEVEL 2
+#define VITFAST_ISA avx512
+namespace vitfast::avx512 {
+#include "vec.h"
+#include VITFAST_KERNEL
+}  // namespace vitfast::avx512
+#undef VITFAST_LEVEL
+#undef VITFAST_ISA
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512")
+#define VITFAST_LEVEL 3
+#define VITFAST_ISA avx512_bf16
+namespace vitfast::avx512_bf16 {
+#include "vec.h"
+#include VITFAST_KERNEL
+}  // namespace vitfast::avx512_bf16
+#undef VITFAST_LEVEL
+#undef VITFAST_ISA
+#pragma GCC pop_options
+
+#endif  // VITFAST_X86

@@ -1,0 +1,243 @@
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <vector>
+
+#include "check.h"
+
+// Shapes: T rows, D width, B samples (T % B == 0, T // B rows each). X: residual dtype, Y: compute dtype.
+namespace vitfast {
+
+template <class X, class Y>
+struct LayerNormForward {
+    const X* x;
+    const Y* branch;
+    const float *scale, *drop_path, *weight, *bias;
+    float eps;
+    X* total;
+    Y* normed;  // null: scale_add_forward, only the total
+    float *mean, *rstd;
+    int64_t width, rows_per_sample;
+};
+
+template <class X, class Y>
+struct LayerNormApply {
+    const X* total;
+    const float *mean, *rstd, *weight, *bias;
+    Y* normed;
+    int64_t width;
+};
+
+template <class X, class Y>
+struct LayerNormBackward {
+    const Y* d_normed;
+    const X *d_total, *total;
+    const float *mean, *rstd, *weight;
+    const Y* branch;
+    const float *scale, *drop_path;
+    X* d_x;
+    Y* d_branch;
+    bool d_scale;
+    int64_t width, rows_per_sample;
+};
+
+}  // namespace vitfast
+
+#define VITFAST_KERNEL "layer_norm_kernel.h"
+#include "for_each_isa.h"
+
+namespace vitfast {
+namespace {
+
+constexpr auto kFloat = ScalarType::Float;
+constexpr auto kBFloat16 = ScalarType::BFloat16;
+constexpr auto kCpu = Device::kCpu;
+
+// Calls run(X{}, Y{}) for the dtypes of the residual stream and of the compute dtype.
+template <class Run>
+void with_dtypes(const char* x_name, const Tensor& x, const char* y_name, const Tensor& y, const Run& run) {
+    check_kind(x_name, x, kCpu, {kFloat, kBFloat16});
+    check_kind(y_name, y, kCpu, {kFloat, kBFloat16});
+    const bool x_half = x.scalar_type() == kBFloat16, y_half = y.scalar_type() == kBFloat16;
+    if (x_half && !y_half)
+        fail(x_name, " is BFloat16 but ", y_name, " is Float; allowed: both alike, or Float with BFloat16");
+    if (x_half) {
+        run(bf16{}, bf16{});
+    } else if (y_half) {
+        run(float{}, bf16{});
+    } else {
+        run(float{}, float{});
+    }
+}
+
+// Rows per sample for drop_path[B]; T for none.
+int64_t rows_per_sample(const OptionalTensor& drop_path, int64_t rows) {
+    check("drop_path", drop_path, kCpu, {kFloat}, {-1});
+    if (!drop_path.has_value()) return std::max<int64_t>(rows, 1);
+    const int64_t samples = drop_path->numel();
+    if (samples == 0 ? rows != 0 : rows % samples != 0) {
+        fail("drop_path has ", samples, " samples; the number of rows, ", rows, ", must be a multiple of it");
+    }
+    return samples == 0 ? 1 : std::max<int64_t>(rows / samples, 1);
+}
+
+int64_t grain(int64_t width) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(width, 1)); }
+
+void layer_norm_forward(Tensor x, OptionalTensor branch, OptionalTensor scale, OptionalTensor drop_path, Tensor weight,
+                        Tensor bias, double eps, OptionalTensor total, Tensor normed, Tensor mean, Tensor rstd) {
+    with_dtypes("x", x, "normed", normed, [&](auto x_type, auto y_type) {
+        using X = decltype(x_type);
+        using Y = decltype(y_type);
+        check("x", x, kCpu, {x.scalar_type()}, {-1, -1});
+        const int64_t rows = x.size(0), width = x.size(1);
+        check("branch", branch, kCpu, {normed.scalar_type()}, {rows, width});
+        check("scale", scale, kCpu, {kFloat}, {width});
+        check("weight", weight, kCpu, {kFloat}, {width});
+        check("bias", bias, kCpu, {kFloat}, {width});
+        check_together("total", total, "branch", branch);
+        check("total", total, kCpu, {x.scalar_type()}, {rows, width});
+        check("normed", normed, kCpu, {normed.scalar_type()}, {rows, width});
+        check("mean", mean, kCpu, {kFloat}, {rows});
+        check("rstd", rstd, kCpu, {kFloat}, {rows});
+        const LayerNormForward<X, Y> args{data<X>(x),
+                                          data<Y>(branch),
+                                          data<float>(scale),
+                                          data<float>(drop_path),
+                                          data<float>(weight),
+                                          data<float>(bias),
+                                          static_cast<float>(eps),
+                                          mutable_data<X>(total),
+                                          mutable_data<Y>(normed),
+                                          mutable_data<float>(mean),
+                                          mutable_data<float>(rstd),
+                                          width,
+                                          rows_per_sample(drop_path, rows)};
+        torch::stable::parallel_for(0, rows, grain(width), [&](int64_t begin, int64_t end) {
+            VITFAST_DISPATCH(layer_norm_forward_rows(args, begin, end));
+        });
+    });
+}
+
+void scale_add_forward(Tensor residual, Tensor branch, OptionalTensor scale, OptionalTensor drop_path, Tensor total) {
+    with_dtypes("residual", residual, "branch", branch, [&](auto x_type, auto y_type) {
+        using X = decltype(x_type);
+        using Y = decltype(y_type);
+        check("residual", residual, kCpu, {residual.scalar_type()}, {-1, -1});
+        const int64_t rows = residual.size(0), width = residual.size(1);
+        check("branch", branch, kCpu, {branch.scalar_type()}, {rows, width});
+        check("scale", scale, kCpu, {kFloat}, {width});
+        check("total", total, kCpu, {residual.scalar_type()}, {rows, width});
+        LayerNormForward<X, Y> args{};
+        args.x = data<X>(residual);
+        args.branch = data<Y>(branch);
+        args.scale = data<float>(scale);
+        args.drop_path = data<float>(drop_path);
+        args.total = mutable_data<X>(total);
+        args.width = width;
+        args.rows_per_sample = rows_per_sample(drop_path, rows);
+        torch::stable::parallel_for(0, rows, grain(width), [&](int64_t begin, int64_t end) {
+            VITFAST_DISPATCH(layer_norm_forward_rows(args, begin, end));
+        });
+    });
+}
+
+void layer_norm_apply(Tensor total, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, Tensor normed) {
+    with_dtypes("total", total, "normed", normed, [&](auto x_type, auto y_type) {
+        using X = decltype(x_type);
+        using Y = decltype(y_type);
+        check("total", total, kCpu, {total.scalar_type()}, {-1, -1});
+        const int64_t rows = total.size(0), width = total.size(1);
+        check("mean", mean, kCpu, {kFloat}, {rows});
+        check("rstd", rstd, kCpu, {kFloat}, {rows});
+        check("weight", weight, kCpu, {kFloat}, {width});
+        check("bias", bias, kCpu, {kFloat}, {width});
+        check("normed", normed, kCpu, {normed.scalar_type()}, {rows, width});
+        const LayerNormApply<X, Y> args{data<X>(total),
+                                        data<float>(mean),
+                                        data<float>(rstd),
+                                        data<float>(weight),
+                                        data<float>(bias),
+                                        mutable_data<Y>(normed),
+                                        width};
+        torch::stable::parallel_for(0, rows, grain(width), [&](int64_t begin, int64_t end) {
+            VITFAST_DISPATCH(layer_norm_apply_rows(args, begin, end));
+        });
+    });
+}
+
+// Adds up partial[chunks, 3, D] for columns [begin, end) in the order of the chunks.
+void sum_partials(const std::vector<float>& partial, int64_t chunks, int64_t width, float* const* outs, int64_t begin,
+                  int64_t end) {
+    for (int64_t which = 0; which < 3; ++which) {
+        if (!outs[which]) continue;
+        for (int64_t d = begin; d < end; ++d) {
+            float sum = 0;
+            for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += partial[(chunk * 3 + which) * width + d];
+            outs[which][d] = sum;
+        }
+    }
+}
+
+void layer_norm_backward(Tensor d_normed, OptionalTensor d_total, Tensor total, Tensor mean, Tensor rstd, Tensor weight,
+                         OptionalTensor branch, OptionalTensor scale, OptionalTensor drop_path, Tensor d_x,
+                         OptionalTensor d_branch, OptionalTensor d_scale, Tensor d_weight, Tensor d_bias) {
+    with_dtypes("total", total, "d_normed", d_normed, [&](auto x_type, auto y_type) {
+        using X = decltype(x_type);
+        using Y = decltype(y_type);
+        const auto x_dtype = total.scalar_type(), y_dtype = d_normed.scalar_type();
+        check("total", total, kCpu, {x_dtype}, {-1, -1});
+        const int64_t rows = total.size(0), width = total.size(1);
+        check("d_normed", d_normed, kCpu, {y_dtype}, {rows, width});
+        check("d_total", d_total, kCpu, {x_dtype}, {rows, width});
+        check("mean", mean, kCpu, {kFloat}, {rows});
+        check("rstd", rstd, kCpu, {kFloat}, {rows});
+        check("weight", weight, kCpu, {kFloat}, {width});
+        check("branch", branch, kCpu, {y_dtype}, {rows, width});
+        check("scale", scale, kCpu, {kFloat}, {width});
+        check("d_x", d_x, kCpu, {x_dtype}, {rows, width});
+        check("d_branch", d_branch, kCpu, {y_dtype}, {rows, width});
+        check("d_scale", d_scale, kCpu, {kFloat}, {width});
+        check("d_weight", d_weight, kCpu, {kFloat}, {width});
+        check("d_bias", d_bias, kCpu, {kFloat}, {width});
+        if (d_scale.has_value() && !branch.has_value()) fail("branch is None; d_scale needs it");
+        const LayerNormBackward<X, Y> args{data<Y>(d_normed),
+                                           data<X>(d_total),
+                                           data<X>(total),
+                                           data<float>(mean),
+                                           data<float>(rstd),
+                                           data<float>(weight),
+                                           data<Y>(branch),
+                                           data<float>(scale),
+                                           data<float>(drop_path),
+                                           mutable_data<X>(d_x),
+                                           mutable_data<Y>(d_branch),
+                                           d_scale.has_value(),
+                                           width,
+                                           rows_per_sample(drop_path, rows)};
+        // The chunks depend on the shape alone, so the sums have the same bits for any number of threads.
+        const int64_t chunk_rows = std::max<int64_t>(32, (rows + 63) / 64);
+        const int64_t chunks = (rows + chunk_rows - 1) / chunk_rows;
+        std::vector<float> partial(chunks * 3 * width);
+        torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+            for (int64_t chunk = begin; chunk < end; ++chunk) {
+                const int64_t first = chunk * chunk_rows, last = std::min(rows, first + chunk_rows);
+                float* const sums = partial.data() + chunk * 3 * width;
+                VITFAST_DISPATCH(layer_norm_backward_rows(args, first, last, sums));
+            }
+        });
+        float* const outs[3] = {mutable_data<float>(d_weight), mutable_data<float>(d_bias),
+                                mutable_data<float>(d_scale)};
+        torch::stable::parallel_for(
+            0, width, 256, [&](int64_t begin, int64_t end) { sum_partials(partial, chunks, width, outs, begin, end); });
+    });
+}
+
+}  // namespace
+}  // namespace vitfast
+
+STABLE_TORCH_LIBRARY_IMPL(vitfast_C, CPU, m) {
+    m.impl("layer_norm_forward", TORCH_BOX(&vitfast::layer_norm_forward));
+    m.impl("layer_norm_apply", TORCH_BOX(&vitfast::layer_norm_apply));
+    m.impl("layer_norm_backward", TORCH_BOX(&vitfast::layer_norm_backward));
+    m.impl("scale_add_forward", TORCH_BOX(&vitfast::scale_add_forward));
+}

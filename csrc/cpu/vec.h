@@ -1,0 +1,114 @@
+// One vector of fp32 lanes, the same small interface for each instruction set. Included by for_each_isa.h inside the
+// instruction set's namespace, so it has no include guard and includes nothing.
+// Built on the compiler's vector types: + - * / and comparisons are operators; intrinsics only where those fall short.
+
+#define VITFAST_INLINE static inline __attribute__((always_inline))
+
+constexpr int kLanes = VITFAST_LEVEL >= 2 ? 16 : VITFAST_LEVEL == 1 ? 8 : 4;
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef int32_t IVec __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t UVec __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t HVec __attribute__((vector_size(kLanes * 2)));  // kLanes bf16 bit patterns
+
+VITFAST_INLINE Vec broadcast(float value) { return value - Vec{}; }
+
+VITFAST_INLINE Vec fma(Vec a, Vec b, Vec c) {
+#if VITFAST_LEVEL >= 2
+    return _mm512_fmadd_ps(a, b, c);
+#elif VITFAST_LEVEL == 1
+    return _mm256_fmadd_ps(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
+// The larger of a and b; b where either is NaN.
+VITFAST_INLINE Vec max(Vec a, Vec b) {
+#if VITFAST_LEVEL >= 2
+    return _mm512_max_ps(a, b);
+#elif VITFAST_LEVEL == 1
+    return _mm256_max_ps(a, b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+// The smaller of a and b; b where either is NaN.
+VITFAST_INLINE Vec min(Vec a, Vec b) {
+#if VITFAST_LEVEL >= 2
+    return _mm512_min_ps(a, b);
+#elif VITFAST_LEVEL == 1
+    return _mm256_min_ps(a, b);
+#else
+    return a < b ? a : b;
+#endif
+}
+
+VITFAST_INLINE float reduce_add(Vec a) {
+#if VITFAST_LEVEL >= 2
+    return _mm512_reduce_add_ps(a);
+#else
+    float sum = 0;
+    for (int i = 0; i < kLanes; ++i) sum += a[i];
+    return sum;
+#endif
+}
+
+// NaN if the last lane compared is NaN, else the largest lane that survives `max`.
+VITFAST_INLINE float reduce_max(Vec a) {
+    float largest = a[0];
+    for (int i = 1; i < kLanes; ++i) largest = largest > a[i] ? largest : a[i];
+    return largest;
+}
+
+// bf16 is the upper half of fp32; rounds to nearest even, NaN stays NaN. The native instruction flushes subnormals to
+// 0.
+VITFAST_INLINE HVec to_bf16_bits(Vec a) {
+#if VITFAST_LEVEL >= 3
+    return (HVec)_mm512_cvtneps_pbh(a);
+#else
+    const UVec bits = (UVec)a;
+    const UVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const UVec quiet_nan = (bits >> 16) | 0x40u;
+    return __builtin_convertvector(a == a ? rounded : quiet_nan, HVec);
+#endif
+}
+
+VITFAST_INLINE Vec from_bf16_bits(HVec bits) { return (Vec)(__builtin_convertvector(bits, UVec) << 16); }
+
+VITFAST_INLINE Vec load(const float* from) {
+    Vec value;
+    __builtin_memcpy(&value, from, sizeof(value));
+    return value;
+}
+
+VITFAST_INLINE Vec load(const bf16* from) {
+    HVec bits;
+    __builtin_memcpy(&bits, from, sizeof(bits));
+    return from_bf16_bits(bits);
+}
+
+VITFAST_INLINE void store(float* to, Vec value) { __builtin_memcpy(to, &value, sizeof(value)); }
+
+VITFAST_INLINE void store(bf16* to, Vec value) {
+    const HVec bits = to_bf16_bits(value);
+    __builtin_memcpy(to, &bits, sizeof(bits));
+}
+
+// The first n of kLanes elements; lanes past n are 0. n may be larger than kLanes.
+template <class T>
+VITFAST_INLINE Vec load(const T* from, int64_t n) {
+    if (__builtin_expect(n >= kLanes, 1)) return load(from);
+    T buffer[kLanes] = {};
+    for (int64_t i = 0; i < n; ++i) buffer[i] = from[i];
+    return load(buffer);
+}
+
+template <class T>
+VITFAST_INLINE void store(T* to, Vec value, int64_t n) {
+    if (__builtin_expect(n >= kLanes, 1)) return store(to, value);
+    T buffer[kLanes];
+    store(buffer, value);
+    for (int64_t i = 0; i < n; ++i) to[i] = buffer[i];
+}

@@ -1,0 +1,38 @@
+#include <torch/csrc/stable/library.h>
+
+#include "python_module.h"
+
+// The raw kernels' schemas, for every device. Outputs are allocated by the caller and passed in as Tensor(a!);
+// vitfast/ops wraps these into the public operators. Shapes are documented beside each implementation.
+STABLE_TORCH_LIBRARY(vitfast_C, m) {
+    m.def(
+        "layer_norm_forward(Tensor x, Tensor? branch, Tensor? scale, Tensor? drop_path, Tensor weight, Tensor bias, "
+        "float eps, Tensor(a!)? total, Tensor(b!) normed, Tensor(c!) mean, Tensor(d!) rstd) -> ()");
+    m.def(
+        "layer_norm_apply(Tensor total, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, Tensor(a!) normed) -> "
+        "()");
+    m.def(
+        "layer_norm_backward(Tensor d_normed, Tensor? d_total, Tensor total, Tensor mean, Tensor rstd, Tensor weight, "
+        "Tensor? branch, Tensor? scale, Tensor? drop_path, Tensor(a!) d_x, Tensor(b!)? d_branch, Tensor(c!)? d_scale, "
+        "Tensor(d!) d_weight, Tensor(e!) d_bias) -> ()");
+    m.def(
+        "scale_add_forward(Tensor residual, Tensor branch, Tensor? scale, Tensor? drop_path, Tensor(a!) total) -> ()");
+    m.def("activation_forward(Tensor h, str kind, Tensor(a!) out) -> ()");
+    m.def(
+        "activation_backward(Tensor h, Tensor d_act, str kind, Tensor(a!) d_h, Tensor(b!)? act, Tensor(c!)? d_bias) -> "
+        "()");
+    m.def(
+        "attention_forward(Tensor qkv, float scale, Tensor? bias, Tensor cu_seqlens, int max_seqlen, Tensor(a!) out, "
+        "Tensor(b!) lse) -> ()");
+    m.def(
+        "attention_backward(Tensor d_out, Tensor qkv, Tensor out, Tensor lse, float scale, Tensor? bias, "
+        "Tensor cu_seqlens, int max_seqlen, Tensor(a!) d_qkv, Tensor(b!)? d_bias) -> ()");
+    m.def("patchify(Tensor images, int patch, Tensor scale, Tensor shift, Tensor(a!) patches) -> ()");
+    m.def("unpatchify(Tensor d_patches, int patch, Tensor scale, Tensor(a!) d_images) -> ()");
+    m.def(
+        "assemble_tokens(Tensor projected, Tensor? bias, Tensor? pos_embed, Tensor? prefix, Tensor(a!) tokens) -> ()");
+    m.def("cpu_capability() -> str");
+    m.def("set_cpu_capability(str capability) -> ()");
+}
+
+VITFAST_PYTHON_MODULE(_C)
