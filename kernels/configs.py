@@ -37,13 +37,13 @@ def row_config(columns: int) -> RowConfig:
 def backward_rows(columns: int) -> RowConfig:
     """LayerNorm backward: three column sums live in registers too, so 8 elements per thread; 16 only at the widest.
 
-    Four warps need about 64 registers per thread, so eight programs fit on a multiprocessor and hide the row sums' latency.
+    At about 96 registers per thread 20 warps are resident on a multiprocessor; more programs than that would wait for a second turn.
     """
     width = next_power_of_two(columns)
     if width <= 1024:
-        return RowConfig(rows=min(1024 // width, 32), width=width, warps=4, programs=8)
+        return RowConfig(rows=min(1024 // width, 32), width=width, warps=4, programs=5)
     warps = min(width // 256, 16)
-    return RowConfig(rows=1, width=width, warps=warps, programs=32 // warps)
+    return RowConfig(rows=1, width=width, warps=warps, programs=20 // warps)
 
 
 @dataclass(frozen=True)

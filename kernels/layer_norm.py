@@ -107,7 +107,6 @@ def _backward_kernel(
     """Each program walks every G-th tile of rows and keeps its own column sums [2 or 3, G, D] in registers."""
     G = tl.num_programs(0)
     cols = tl.arange(0, BLOCK_D)
-    w = tl.load(weight + cols, mask=cols < D, other=0.0)[None, :]
     sum_weight = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     sum_bias = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     sum_scale = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
@@ -118,6 +117,7 @@ def _backward_kernel(
         average = tl.load(mean + rows, mask=row_mask, other=0.0)[:, None]
         inverse = tl.load(rstd + rows, mask=row_mask, other=0.0)[:, None]
         normal = (value - average) * inverse
+        w = tl.load(weight + cols, mask=col_mask, other=0.0)[None, :]  # from L1: held across rows it would spill at 8192
         weighted = gradient * w  # 0 outside D, so the two row sums need no further mask
         along = tl.sum(weighted * normal, axis=1)[:, None] / D
         level = tl.sum(weighted, axis=1)[:, None] / D
