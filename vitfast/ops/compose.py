@@ -14,6 +14,15 @@ from .arguments import nothing
 from .products import input_grad, linear, linear_activation, linear_add, weight_grad
 
 
+def add_branch_ref(residual: Tensor, branch: Tensor, scale: Tensor | None, drop_path: Tensor | None) -> Tensor:
+    """residual + drop_path * scale * branch in plain PyTorch, [B, ..., D]; part of several references."""
+    if scale is not None:
+        branch = branch * scale
+    if drop_path is not None:
+        branch = branch * drop_path.to(branch.dtype).view(-1, *[1] * (branch.dim() - 1))
+    return residual + branch
+
+
 def hidden_forward(
     kernels: Any, x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None, activation: str, policy: str
 ) -> tuple[Tensor, Tensor]:

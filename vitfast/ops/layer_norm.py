@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm as torch_layer_norm
 
-from .arguments import check_drop_path, check_shape, rows
+from .arguments import check_drop_path, check_shape, fake_gradients, gradients, nothing, rows
+from .compose import add_branch_ref
 from .dispatch import TABLE, choose, standard_backends
 from .library import register
 
@@ -34,11 +35,7 @@ def add_layer_norm_ref(
     drop_path: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Plain PyTorch; the truth in fp64."""
-    if scale is not None:
-        branch = branch * scale
-    if drop_path is not None:
-        branch = branch * drop_path.view(-1, *[1] * (branch.dim() - 1))
-    total = residual + branch
+    total = add_branch_ref(residual, branch, scale, drop_path)
     return total, layer_norm_ref(total, weight, bias, eps)
 
 
@@ -57,14 +54,14 @@ def _forward(
     total, normed, mean, rstd = kernels.layer_norm_forward(
         rows(x), None if branch is None else rows(branch), scale, drop_path, weight, bias, eps, dtype
     )
-    total = x.new_empty(0) if branch is None else total.view(x.shape)
+    total = nothing(x) if branch is None else total.view(x.shape)
     return total, normed.view(x.shape), mean, rstd
 
 
 def _fake_forward(x: Tensor, branch: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
     T = x.shape[:-1].numel()
     statistics = torch.float64 if x.dtype == torch.float64 else torch.float32
-    total = x.new_empty(0) if branch is None else x.new_empty(x.shape)
+    total = nothing(x) if branch is None else x.new_empty(x.shape)
     normed = x.new_empty(x.shape, dtype=x.dtype if branch is None else branch.dtype)
     return total, normed, x.new_empty(T, dtype=statistics), x.new_empty(T, dtype=statistics)
 
@@ -93,13 +90,9 @@ def _backward(
         scale,
         drop_path,
     )
-    return (
-        d_x.view(total.shape),
-        total.new_empty(0) if branch is None else d_branch.view(total.shape),
-        total.new_empty(0) if d_scale is None else d_scale.to(scale.dtype),
-        d_weight.to(weight.dtype),
-        d_bias.to(weight.dtype),
-    )
+    grads = (d_x, d_branch, d_scale, d_weight, d_bias)
+    likes = (total, branch, scale, weight, weight)
+    return gradients(grads, likes, [g is not None for g in grads], total)
 
 
 def _fake_backward(
@@ -114,13 +107,8 @@ def _fake_backward(
     drop_path: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    return (
-        total.new_empty(total.shape),
-        total.new_empty(0) if branch is None else branch.new_empty(branch.shape),
-        total.new_empty(0) if branch is None or scale is None else scale.new_empty(scale.shape),
-        weight.new_empty(weight.shape),
-        weight.new_empty(weight.shape),
-    )
+    has_branch = branch is not None
+    return fake_gradients((total, branch, scale, weight, weight), (True, has_branch, has_branch, True, True), total)
 
 
 _layer_norm_backward = register(

@@ -22,7 +22,7 @@ from .arguments import (
     rows,
     wanted_only,
 )
-from .compose import branch_grads, project_add_forward, project_weight_grads
+from .compose import add_branch_ref, branch_grads, project_add_forward, project_weight_grads
 from .dispatch import TABLE, choose, standard_backends
 from .library import register
 from .products import input_grad
@@ -40,12 +40,7 @@ def linear_residual_ref(
     drop_path: Tensor | None = None,
 ) -> Tensor:
     """Plain PyTorch; the truth in fp64."""
-    branch = torch_linear(x, weight, bias)
-    if scale is not None:
-        branch = branch * scale
-    if drop_path is not None:
-        branch = branch * drop_path.view(-1, *[1] * (branch.dim() - 1))
-    return residual + branch
+    return add_branch_ref(residual, torch_linear(x, weight, bias), scale, drop_path)
 
 
 def _forward(

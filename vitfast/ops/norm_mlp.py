@@ -25,7 +25,14 @@ from .arguments import (
     rows,
     wanted_only,
 )
-from .compose import branch_grads, hidden_forward, hidden_grads, project_add_forward, project_weight_grads
+from .compose import (
+    add_branch_ref,
+    branch_grads,
+    hidden_forward,
+    hidden_grads,
+    project_add_forward,
+    project_weight_grads,
+)
 from .dispatch import TABLE, choose, standard_backends
 from .library import register
 from .products import input_grad, linear
@@ -52,11 +59,7 @@ def norm_mlp_ref(
     hidden = nn_functional.linear(normed, fc1_weight, fc1_bias)
     hidden = nn_functional.gelu(hidden, approximate="tanh" if activation == "gelu_tanh" else "none")
     branch = nn_functional.linear(hidden, fc2_weight, fc2_bias)
-    if scale is not None:
-        branch = branch * scale
-    if drop_path is not None:
-        branch = branch * drop_path.view(-1, *[1] * (branch.dim() - 1))
-    return x + branch
+    return add_branch_ref(x, branch, scale, drop_path)
 
 
 def _forward(

@@ -8,6 +8,7 @@ Legend: B images, L tokens, T = B * L rows, D width, F hidden width, H heads, E 
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -113,7 +114,7 @@ def _sequences(qkv: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
     if cu_seqlens is None:
         return [qkv]
     bounds = cu_seqlens.tolist()
-    return [qkv[a:b].unsqueeze(0) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [qkv[a:b].unsqueeze(0) for a, b in itertools.pairwise(bounds)]
 
 
 def _probabilities(

@@ -7,6 +7,7 @@ Raw kernels write into outputs that are allocated here, and take contiguous inpu
 from __future__ import annotations
 
 import functools
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -48,7 +49,8 @@ class RawKernels:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         total = None if branch is None else torch.empty_like(x)
         normed = torch.empty_like(x, dtype=dtype)
-        mean, rstd = x.new_empty(2, x.shape[0], dtype=torch.float32).unbind(0)
+        mean = x.new_empty(x.shape[0], dtype=torch.float32)
+        rstd = torch.empty_like(mean)
         self.functions.layer_norm_forward(
             x, branch, _f32(scale), _f32(drop_path), _f32(weight), _f32(bias), eps, total, normed, mean, rstd
         )
@@ -81,8 +83,9 @@ class RawKernels:
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
         d_x = torch.empty_like(total)
         d_branch = None if branch is None else torch.empty_like(branch)
-        sums = total.new_empty(3, total.shape[1], dtype=torch.float32)
-        d_scale = None if branch is None or scale is None else sums[2]
+        d_weight = total.new_empty(total.shape[1], dtype=torch.float32)
+        d_bias = torch.empty_like(d_weight)
+        d_scale = None if branch is None or scale is None else torch.empty_like(d_weight)
         self.functions.layer_norm_backward(
             d_normed,
             d_total,
@@ -96,10 +99,10 @@ class RawKernels:
             d_x,
             d_branch,
             d_scale,
-            sums[0],
-            sums[1],
+            d_weight,
+            d_bias,
         )
-        return d_x, d_branch, d_scale, sums[0], sums[1]
+        return d_x, d_branch, d_scale, d_weight, d_bias
 
     def activation_forward(self, h: Tensor, kind: str) -> Tensor:
         act = torch.empty_like(h)
@@ -195,9 +198,9 @@ class TritonKernels(RawKernels):
     """Kernels of ``vitfast.kernels``; on a plain batch attention takes the length itself instead of offsets."""
 
     def __init__(self) -> None:
-        from vitfast.kernels import activation, attention, layer_norm, patch_embed
-
-        modules = (layer_norm, activation, attention, patch_embed)
+        modules = (
+            import_module(f"vitfast.kernels.{m}") for m in ("layer_norm", "activation", "attention", "patch_embed")
+        )
         super().__init__(SimpleNamespace(**{k: v for m in modules for k, v in vars(m).items()}))
 
     def _lengths(self, qkv: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> tuple[Any, ...]:
