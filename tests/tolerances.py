@@ -24,8 +24,8 @@ def relative_error(x: Tensor, truth: Tensor) -> float:
     if truth.numel() == 0:
         assert x.shape == truth.shape
         return 0.0
-    difference = (x.double() - truth.double()).norm()
-    norm = truth.double().norm()
+    difference = (x.detach().double() - truth.detach().double()).norm()
+    norm = truth.detach().double().norm()
     return float(difference / norm) if norm > 0 else float(difference)
 
 

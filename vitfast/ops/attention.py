@@ -132,7 +132,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(qkv, out, lse, bias, cu_seqlens)
 
 
-def _autograd(ctx: Any, d_out: Tensor, _: Any) -> tuple[Any, ...]:
+def _autograd(ctx: Any, d_out: Tensor | None, _: Any) -> tuple[Any, ...]:
+    if d_out is None:
+        return (None,) * 6
     qkv, out, lse, bias, cu_seqlens = ctx.saved_tensors
     want_bias = ctx.needs_input_grad[2]
     d_qkv, d_bias = _attention_backward(

@@ -126,7 +126,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(x, output[1], *parameters)
 
 
-def _autograd(ctx: Any, d_out: Tensor, *_: Any) -> tuple[Any, ...]:
+def _autograd(ctx: Any, d_out: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if d_out is None:
+        return (None,) * 9
     wanted = list(ctx.needs_input_grad[:5])
     grads = _mlp_backward(d_out, *ctx.saved_tensors, ctx.activation, wanted, ctx.backend)
     return *wanted_only(grads, wanted), None, None, None, None

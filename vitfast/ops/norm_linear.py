@@ -131,7 +131,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(x, *statistics, norm_weight, norm_bias, weight, bias)
 
 
-def _autograd(ctx: Any, d_out: Tensor, *_: Any) -> tuple[Any, ...]:
+def _autograd(ctx: Any, d_out: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if d_out is None:
+        return (None,) * 9
     wanted = list(ctx.needs_input_grad[:5])
     grads = _norm_linear_backward(d_out, *ctx.saved_tensors, wanted, ctx.backend)
     return *wanted_only(grads, wanted), None, None, None, None

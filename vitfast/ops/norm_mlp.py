@@ -201,7 +201,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(x, *kept, *parameters)
 
 
-def _autograd(ctx: Any, d_out: Tensor, *_: Any) -> tuple[Any, ...]:
+def _autograd(ctx: Any, d_out: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if d_out is None:
+        return (None,) * 14
     wanted = list(ctx.needs_input_grad[:8])
     grads = _norm_mlp_backward(d_out, *ctx.saved_tensors, ctx.activation, ctx.dtype, wanted, ctx.backend)
     return *wanted_only(grads, wanted), None, None, None, None, None, None

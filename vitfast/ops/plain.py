@@ -166,11 +166,10 @@ def attention_backward(
         S, L = part.shape[:2]
         q, k, v = part.permute(2, 0, 3, 1, 4).unbind(0)
         d_o = (d_out if cu_seqlens is None else d_out[start : start + L].unsqueeze(0)).transpose(1, 2)
-        o = (out if cu_seqlens is None else out[start : start + L].unsqueeze(0)).transpose(1, 2)
         lse = lse_HT[:, start : start + S * L].reshape(heads, S, L).transpose(0, 1)
         p, _ = _probabilities(q, k, scale, bias, lse)
         d_p = _wide(d_o @ v.transpose(-2, -1))
-        delta = (_wide(d_o) * _wide(o)).sum(-1, keepdim=True)
+        delta = (p * d_p).sum(-1, keepdim=True)  # from p itself, so that it cancels exactly where one key has it all
         d_logits = p * (d_p - delta)
         if d_bias is not None:
             d_bias += d_logits.sum_to_size(d_bias.shape)
