@@ -1,9 +1,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <vector>
-
 #include "check.h"
+#include "reduce.h"
 
 // Shapes: T rows, D width, B samples (T % B == 0, T // B rows each). X: residual dtype, Y: compute dtype.
 namespace vitfast {
@@ -165,19 +164,6 @@ void layer_norm_apply(Tensor total, Tensor mean, Tensor rstd, Tensor weight, Ten
     });
 }
 
-// Adds up partial[chunks, 3, D] for columns [begin, end) in the order of the chunks.
-void sum_partials(const std::vector<float>& partial, int64_t chunks, int64_t width, float* const* outs, int64_t begin,
-                  int64_t end) {
-    for (int64_t which = 0; which < 3; ++which) {
-        if (!outs[which]) continue;
-        for (int64_t d = begin; d < end; ++d) {
-            float sum = 0;
-            for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += partial[(chunk * 3 + which) * width + d];
-            outs[which][d] = sum;
-        }
-    }
-}
-
 void layer_norm_backward(Tensor d_normed, OptionalTensor d_total, Tensor total, Tensor mean, Tensor rstd, Tensor weight,
                          OptionalTensor branch, OptionalTensor scale, OptionalTensor drop_path, Tensor d_x,
                          OptionalTensor d_branch, OptionalTensor d_scale, Tensor d_weight, Tensor d_bias) {
@@ -214,21 +200,13 @@ void layer_norm_backward(Tensor d_normed, OptionalTensor d_total, Tensor total, 
                                            d_scale.has_value(),
                                            width,
                                            rows_per_sample(drop_path, rows)};
-        // The chunks depend on the shape alone, so the sums have the same bits for any number of threads.
-        const int64_t chunk_rows = std::max<int64_t>(32, (rows + 63) / 64);
-        const int64_t chunks = (rows + chunk_rows - 1) / chunk_rows;
-        std::vector<float> partial(chunks * 3 * width);
-        torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-            for (int64_t chunk = begin; chunk < end; ++chunk) {
-                const int64_t first = chunk * chunk_rows, last = std::min(rows, first + chunk_rows);
-                float* const sums = partial.data() + chunk * 3 * width;
-                VITFAST_DISPATCH(layer_norm_backward_rows(args, first, last, sums));
-            }
+        ColumnSums sums(rows, 3 * width);
+        sums.accumulate([&](int64_t begin, int64_t end, float* partial) {
+            VITFAST_DISPATCH(layer_norm_backward_rows(args, begin, end, partial));
         });
-        float* const outs[3] = {mutable_data<float>(d_weight), mutable_data<float>(d_bias),
-                                mutable_data<float>(d_scale)};
-        torch::stable::parallel_for(
-            0, width, 256, [&](int64_t begin, int64_t end) { sum_partials(partial, chunks, width, outs, begin, end); });
+        sums.finish(mutable_data<float>(d_weight), 0, width);
+        sums.finish(mutable_data<float>(d_bias), width, width);
+        if (d_scale.has_value()) sums.finish(mutable_data<float>(d_scale), 2 * width, width);
     });
 }
 

@@ -2,7 +2,10 @@
 // instruction set's namespace, so it has no include guard and includes nothing.
 // Built on the compiler's vector types: + - * / and comparisons are operators; intrinsics only where those fall short.
 
-#define VITFAST_INLINE static inline __attribute__((always_inline))
+#ifndef VITFAST_INLINE
+#define VITFAST_INLINE_MEMBER inline __attribute__((always_inline))
+#define VITFAST_INLINE static VITFAST_INLINE_MEMBER
+#endif
 
 constexpr int kLanes = VITFAST_LEVEL >= 2 ? 16 : VITFAST_LEVEL == 1 ? 8 : 4;
 

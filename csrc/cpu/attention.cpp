@@ -1,0 +1,108 @@
+#include "attention.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <atomic>
+
+#define VITFAST_KERNEL "attention_forward_kernel.h"
+#include "for_each_isa.h"
+
+namespace vitfast {
+
+AttentionShape check_attention(const Tensor& qkv, const OptionalTensor& bias, const Tensor& cu_seqlens,
+                               int64_t max_seqlen) {
+    check("qkv", qkv, Device::kCpu, {ScalarType::Float, ScalarType::BFloat16}, {-1, 3, -1, -1});
+    AttentionShape shape{qkv.size(0), qkv.size(2), qkv.size(3), max_seqlen, {}};
+    if (shape.head_dim < 1 || shape.head_dim > 256) fail("qkv has head dim ", shape.head_dim, "; allowed: 1 to 256");
+    check("cu_seqlens", cu_seqlens, Device::kCpu, {ScalarType::Int}, {-1});
+    const int64_t sequences = cu_seqlens.numel() - 1;
+    if (sequences < 0) fail("cu_seqlens is empty; it needs the number of sequences plus 1 elements");
+    const int32_t* const starts = data<int32_t>(cu_seqlens);
+    if (starts[0] != 0 || starts[sequences] != shape.rows) {
+        fail("cu_seqlens runs from ", starts[0], " to ", starts[sequences], "; it must run from 0 to qkv's ", shape.rows,
+             " rows");
+    }
+    for (int64_t s = 0; s < sequences; ++s) {
+        const int64_t length = starts[s + 1] - starts[s];
+        if (length < 0 || length > max_seqlen) {
+            fail("cu_seqlens gives sequence ", s, " the length ", length, "; allowed: 0 to max_seqlen, ", max_seqlen);
+        }
+        for (int64_t h = 0; h < shape.heads && length > 0; ++h) shape.items.push_back({s, h, starts[s], length});
+    }
+    if (bias.has_value()) {
+        check("bias", bias, Device::kCpu, {ScalarType::Float, ScalarType::BFloat16}, {-1, -1, max_seqlen, max_seqlen});
+        const int64_t batches = bias->size(0), heads = bias->size(1);
+        if ((batches != 1 && batches != sequences) || (heads != 1 && heads != shape.heads)) {
+            fail("bias has shape ", show_shape(*bias), "; its first size must be 1 or ", sequences,
+                 " (sequences), its second 1 or ", shape.heads, " (heads)");
+        }
+    }
+    return shape;
+}
+
+AttentionBias bias_of(const OptionalTensor& bias) {
+    if (!bias.has_value()) return {};
+    const bool is_float = bias->scalar_type() == ScalarType::Float;
+    return {is_float ? data<float>(*bias) : nullptr, is_float ? nullptr : data<bf16>(*bias), bias->size(0),
+            bias->size(1), bias->size(2)};
+}
+
+namespace {
+
+// Query rows at a time: a whole number of register tiles, few enough for their logits to stay in L2.
+int64_t query_block(int64_t length) {
+    constexpr int64_t kMost = 36, kLeast = 12, kLogits = 64 * 1024;
+    return std::clamp(kLogits / std::max<int64_t>(length, 1) / kLeast * kLeast, kLeast, kMost);
+}
+
+template <class Y>
+void run_forward(const AttentionForward<Y>& args, const AttentionShape& shape) {
+    const int64_t block = query_block(shape.max_seqlen);
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t columns = (shape.max_seqlen + 15) / 16 * 16, width = (shape.head_dim + 15) / 16 * 16;
+    const int64_t words = (2 * columns + 2 * block) * width + 2 * block * columns + block;
+    // Few heads: the queries of each are split as well, at the price of packing K and V once per part.
+    const int64_t items = shape.items.size();
+    const int64_t parts = items >= 4 * threads || items == 0 ? 1 : (4 * threads + items - 1) / items;
+    std::atomic<int64_t> next{0};
+    torch::stable::parallel_for(0, std::min(threads, items * parts), 1, [&](int64_t, int64_t) {
+        Scratch scratch(words);
+        int64_t packed = -1;
+        for (int64_t i = next++; i < items * parts; i = next++) {
+            const HeadOfSequence& item = shape.items[i / parts];
+            const int64_t blocks = (item.length + block - 1) / block, part = i % parts;
+            const int64_t begin = blocks * part / parts * block;
+            const int64_t end = std::min(item.length, blocks * (part + 1) / parts * block);
+            if (begin >= end) continue;
+            const bool pack = packed != i / parts;
+            packed = i / parts;
+            VITFAST_DISPATCH(
+                attention_forward_queries(args, item, begin, end, block, shape.max_seqlen, pack, scratch));
+        }
+    });
+}
+
+// out[T, H, E] = softmax(scale * Q K^T + bias) V for every sequence and head; lse[H, T] = log(sum(exp(logits))).
+void attention_forward(Tensor qkv, double scale, OptionalTensor bias, Tensor cu_seqlens, int64_t max_seqlen, Tensor out,
+                       Tensor lse) {
+    const AttentionShape shape = check_attention(qkv, bias, cu_seqlens, max_seqlen);
+    check("out", out, Device::kCpu, {qkv.scalar_type()}, {shape.rows, shape.heads, shape.head_dim});
+    check("lse", lse, Device::kCpu, {ScalarType::Float}, {shape.heads, shape.rows});
+    const auto run = [&](auto type) {
+        using Y = decltype(type);
+        run_forward(AttentionForward<Y>{data<Y>(qkv), bias_of(bias), mutable_data<Y>(out), mutable_data<float>(lse),
+                                        static_cast<float>(scale), shape.rows, shape.heads, shape.head_dim},
+                    shape);
+    };
+    if (qkv.scalar_type() == ScalarType::Float) {
+        run(float{});
+    } else {
+        run(bf16{});
+    }
+}
+
+}  // namespace
+}  // namespace vitfast
+
+STABLE_TORCH_LIBRARY_IMPL(vitfast_C, CPU, m) { m.impl("attention_forward", TORCH_BOX(&vitfast::attention_forward)); }

@@ -1,0 +1,111 @@
+// Attention forward for a block of queries of one (sequence, head). Included by for_each_isa.h.
+// All logits of a query row are kept (an exact softmax in two passes); K and V of the head are packed once.
+#include "vec_math.h"
+
+#include "gemm.h"
+
+#include "attention_rows.h"
+
+template <class Y>
+struct ForwardWorkspace {
+    static constexpr bool kPairs = VITFAST_LEVEL >= 3 && std::is_same_v<Y, bf16>;
+    uint32_t *keys, *values, *queries, *weights;
+    float *logits, *sums, *out;
+
+    // block: query rows at a time; length: longest sequence.
+    ForwardWorkspace(Scratch& scratch, int64_t block, int64_t length, int64_t head_dim) {
+        scratch.reset();
+        const int64_t columns = round_to_lanes(length), width = round_to_lanes(head_dim);
+        keys = scratch.take<uint32_t>(words_for<kPairs>(head_dim) * columns);
+        values = scratch.take<uint32_t>(words_for<kPairs>(length) * width);
+        logits = scratch.take<float>(block * columns);
+        weights = kPairs ? scratch.take<uint32_t>(block * columns / 2) : reinterpret_cast<uint32_t*>(logits);
+        queries = scratch.take<uint32_t>(block * words_for<kPairs>(head_dim));
+        out = scratch.take<float>(block * width);
+        sums = scratch.take<float>(block);
+    }
+};
+
+// Softmax of one row of logits without the division: weights[j] = exp(logit - largest), returns their sum.
+// weights may be the row itself. A row whose every key is masked (-inf) gets weights 0.
+template <class W>
+VITFAST_INLINE float softmax_row(const float* row, float unit, int64_t columns, W* weights, float* lse) {
+    Vec largest = broadcast(-std::numeric_limits<float>::infinity());
+    for (int64_t j = 0; j < columns; j += kLanes) largest = max(largest, load(row + j));
+    float top = reduce_max(largest);
+    if (top == -std::numeric_limits<float>::infinity()) {
+        Vec total = {};
+        for (int64_t j = 0; j < columns; j += kLanes) total += load(row + j);
+        if (reduce_add(total) == top) {
+            for (int64_t j = 0; j < columns; j += kLanes) store(weights + j, Vec{});
+            *lse = top;
+            return 0.0f;
+        }
+        top = std::numeric_limits<float>::quiet_NaN();  // a NaN among the -inf
+    }
+    const Vec centre = broadcast(top), to_log2 = broadcast(unit * kLog2E);
+    Vec sum = {};
+    for (int64_t j = 0; j < columns; j += kLanes) {
+        const Vec weight = exp2((load(row + j) - centre) * to_log2);
+        sum += weight;
+        store(weights + j, weight);
+    }
+    const float total = reduce_add(sum);
+    *lse = top * unit + std::log(total);
+    return total;
+}
+
+template <class Y>
+void attention_pack(const AttentionForward<Y>& a, const HeadOfSequence& item, ForwardWorkspace<Y>& w) {
+    constexpr bool kPairs = ForwardWorkspace<Y>::kPairs;
+    const int64_t stride = 3 * a.heads * a.head_dim, pitch = words_for<kPairs>(a.head_dim);
+    const Y* const k = a.qkv + item.start * stride + (a.heads + item.head) * a.head_dim;
+    // The values' panel has room for the keys' rows, and is filled after them.
+    pack_rows<kPairs>(k, stride, item.length, a.head_dim, w.values);
+    transpose_panel(w.values, item.length, pitch, w.keys);
+    row_panel<kPairs>(k + a.heads * a.head_dim, stride, item.length, a.head_dim, w.values);
+}
+
+// Queries [begin, begin + count) of the packed head.
+template <class Y>
+void attention_block(const AttentionForward<Y>& a, const HeadOfSequence& item, int64_t begin, int64_t count,
+                     ForwardWorkspace<Y>& w) {
+    constexpr bool kPairs = ForwardWorkspace<Y>::kPairs;
+    const int64_t stride = 3 * a.heads * a.head_dim, pitch = words_for<kPairs>(a.head_dim);
+    const int64_t columns = round_to_lanes(item.length), width = round_to_lanes(a.head_dim);
+    const Y* const q = a.qkv + (item.start + begin) * stride + item.head * a.head_dim;
+    pack_rows<kPairs>(q, stride, count, a.head_dim, w.queries);
+    multiply<kPairs>({w.queries, pitch, 1}, w.keys, count, columns, pitch, w.logits, columns, false);
+
+    const int64_t bias_start = a.bias.slice(item.sequence, item.head) * a.bias.length * a.bias.length;
+    float* const lse = a.lse + item.head * a.rows + item.start + begin;
+    for (int64_t i = 0; i < count; ++i) {
+        float* const row = w.logits + i * columns;
+        const float unit =
+            finish_logits(row, a.bias, bias_start + (begin + i) * a.bias.length, a.scale, item.length);
+        if constexpr (kPairs) {
+            w.sums[i] = softmax_row(row, unit, columns, reinterpret_cast<bf16*>(w.weights) + i * columns, lse + i);
+        } else {
+            w.sums[i] = softmax_row(row, unit, columns, row, lse + i);
+        }
+    }
+
+    const int64_t weight_pitch = kPairs ? columns / 2 : columns;
+    multiply<kPairs>({w.weights, weight_pitch, 1}, w.values, count, width, words_for<kPairs>(item.length), w.out, width,
+                     false);
+    for (int64_t i = 0; i < count; ++i) {
+        Y* const out = a.out + ((item.start + begin + i) * a.heads + item.head) * a.head_dim;
+        const float normaliser = w.sums[i] == 0.0f ? 0.0f : 1.0f / w.sums[i];
+        for (int64_t e = 0; e < a.head_dim; e += kLanes) {
+            store(out + e, load(w.out + i * width + e) * normaliser, a.head_dim - e);
+        }
+    }
+}
+
+template <class Y>
+void attention_forward_queries(const AttentionForward<Y>& a, const HeadOfSequence& item, int64_t begin, int64_t end,
+                               int64_t block, int64_t max_seqlen, bool pack, Scratch& scratch) {
+    ForwardWorkspace<Y> workspace(scratch, block, max_seqlen, a.head_dim);
+    if (pack) attention_pack(a, item, workspace);
+    for (int64_t i = begin; i < end; i += block) attention_block(a, item, i, std::min(block, end - i), workspace);
+}

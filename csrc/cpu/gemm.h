@@ -1,0 +1,199 @@
+// Small products for attention, and the packing of their operands. Included by attention_*_kernel.h after vec.h.
+// Operands are 32-bit words: one fp32 number, or (kPairs) two bf16 that are neighbours along the contracted axis, for
+// the dot-product instruction of avx512_bf16. A "panel" is an operand [words][columns] whose columns are padded with
+// zeros to whole vectors.
+
+constexpr int kTileRows = VITFAST_LEVEL >= 2 ? 6 : 4;
+constexpr int kTileVecs = VITFAST_LEVEL >= 2 ? 4 : VITFAST_LEVEL == 1 ? 3 : 2;
+constexpr int64_t kTileDepth = 96;  // words of a panel kept in L1 while the rows of A pass: 96 x 64 columns = 24 KiB
+
+template <bool kPairs>
+VITFAST_INLINE Vec multiply_add(Vec a, Vec b, Vec sum) {
+#if VITFAST_LEVEL >= 3
+    if constexpr (kPairs) return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+#endif
+    static_assert(!kPairs || VITFAST_LEVEL >= 3);
+    return fma(a, b, sum);
+}
+
+VITFAST_INLINE Vec load_words(const uint32_t* from) {
+    Vec value;
+    __builtin_memcpy(&value, from, sizeof(value));
+    return value;
+}
+
+VITFAST_INLINE void store_words(uint32_t* to, Vec value) { __builtin_memcpy(to, &value, sizeof(value)); }
+
+VITFAST_INLINE Vec broadcast_word(const uint32_t* from) {
+    uint32_t word;
+    __builtin_memcpy(&word, from, sizeof(word));
+    return (Vec)(UVec{} + word);
+}
+
+// An operand read one word at a time: word k of row m is at data[m * row + k * word].
+struct Operand {
+    const uint32_t* data;
+    int64_t row, word;
+};
+
+// C[M, N vectors] = (or +=) A[M, words] * panel, accumulators in registers.
+template <bool kPairs, int M, int N>
+void multiply_tile(Operand a, const uint32_t* panel, int64_t columns, int64_t words, float* c, int64_t c_row, bool add) {
+    Vec sum[M][N];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) sum[m][n] = add ? load(c + m * c_row + n * kLanes) : Vec{};
+    }
+    for (int64_t k = 0; k < words; ++k) {
+        Vec b[N];
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) b[n] = load_words(panel + k * columns + n * kLanes);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+            const Vec value = broadcast_word(a.data + m * a.row + k * a.word);
+#pragma GCC unroll 4
+            for (int n = 0; n < N; ++n) sum[m][n] = multiply_add<kPairs>(value, b[n], sum[m][n]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) store(c + m * c_row + n * kLanes, sum[m][n]);
+    }
+}
+
+template <bool kPairs, int N>
+VITFAST_INLINE void multiply_rows(int rows, Operand a, const uint32_t* panel, int64_t columns, int64_t words, float* c,
+                                  int64_t c_row, bool add) {
+    switch (rows) {
+        case 1: return multiply_tile<kPairs, 1, N>(a, panel, columns, words, c, c_row, add);
+        case 2: return multiply_tile<kPairs, 2, N>(a, panel, columns, words, c, c_row, add);
+        case 3: return multiply_tile<kPairs, 3, N>(a, panel, columns, words, c, c_row, add);
+        case 4: return multiply_tile<kPairs, 4, N>(a, panel, columns, words, c, c_row, add);
+#if VITFAST_LEVEL >= 2
+        case 5: return multiply_tile<kPairs, 5, N>(a, panel, columns, words, c, c_row, add);
+        case 6: return multiply_tile<kPairs, 6, N>(a, panel, columns, words, c, c_row, add);
+#endif
+    }
+}
+
+// C[rows, columns] = (or +=) A[rows, words] * panel[words, columns]; columns is a multiple of kLanes.
+template <bool kPairs>
+void multiply(Operand a, const uint32_t* panel, int64_t rows, int64_t columns, int64_t words, float* c, int64_t c_row,
+              bool add) {
+    const int64_t depth_blocks = (words + kTileDepth - 1) / kTileDepth;
+    const int64_t vectors = columns / kLanes, tiles = (vectors + kTileVecs - 1) / kTileVecs;
+    const int64_t row_tiles = (rows + kTileRows - 1) / kTileRows;
+    for (int64_t block = 0; block < depth_blocks; ++block) {
+        const int64_t first = words * block / depth_blocks, last = words * (block + 1) / depth_blocks;
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+            const int64_t v = vectors * tile / tiles, width = vectors * (tile + 1) / tiles - v;
+            const uint32_t* const b = panel + first * columns + v * kLanes;
+            for (int64_t row_tile = 0; row_tile < row_tiles; ++row_tile) {
+                const int64_t m = rows * row_tile / row_tiles;
+                const int height = static_cast<int>(rows * (row_tile + 1) / row_tiles - m);
+                const Operand part{a.data + m * a.row + first * a.word, a.row, a.word};
+                float* const out = c + m * c_row + v * kLanes;
+                const bool accumulate = add || block > 0;
+                switch (width) {
+                    case 1: multiply_rows<kPairs, 1>(height, part, b, columns, last - first, out, c_row, accumulate); break;
+                    case 2: multiply_rows<kPairs, 2>(height, part, b, columns, last - first, out, c_row, accumulate); break;
+#if VITFAST_LEVEL >= 1
+                    case 3: multiply_rows<kPairs, 3>(height, part, b, columns, last - first, out, c_row, accumulate); break;
+#endif
+#if VITFAST_LEVEL >= 2
+                    case 4: multiply_rows<kPairs, 4>(height, part, b, columns, last - first, out, c_row, accumulate); break;
+#endif
+                }
+            }
+        }
+    }
+}
+
+// Words that hold `count` numbers along the contracted axis.
+template <bool kPairs>
+constexpr int64_t words_for(int64_t count) {
+    return kPairs ? (count + 1) / 2 : count;
+}
+
+constexpr int64_t round_to_lanes(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
+
+// Rows x[rows, width] (row_stride elements apart) to words[rows][words_for(width)].
+template <bool kPairs, class T>
+void pack_rows(const T* x, int64_t row_stride, int64_t rows, int64_t width, uint32_t* words) {
+    const int64_t pitch = words_for<kPairs>(width);
+    for (int64_t r = 0; r < rows; ++r) {
+        if constexpr (kPairs) {
+            words[r * pitch + pitch - 1] = 0;
+            __builtin_memcpy(words + r * pitch, x + r * row_stride, width * sizeof(bf16));
+        } else {
+            float* const to = reinterpret_cast<float*>(words + r * pitch);
+            for (int64_t i = 0; i < width; i += kLanes) store(to + i, load(x + r * row_stride + i, width - i), width - i);
+        }
+    }
+}
+
+// Transposes a kLanes x kLanes block in registers: log2(kLanes) rounds of interleaving row i with row i + kLanes / 2.
+VITFAST_INLINE void transpose(Vec rows[kLanes]) {
+    IVec low, high;
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+        low[i] = i / 2 + (i % 2) * kLanes;
+        high[i] = low[i] + kLanes / 2;
+    }
+#pragma GCC unroll 4
+    for (int round = 1; round < kLanes; round *= 2) {
+        Vec next[kLanes];
+#pragma GCC unroll 8
+        for (int i = 0; i < kLanes / 2; ++i) {
+            next[2 * i] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], low);
+            next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], high);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
+    }
+}
+
+// words[rows][pitch] to the panel [pitch][columns] with columns = round_to_lanes(rows): for products over the width.
+VITFAST_INLINE void transpose_panel(const uint32_t* words, int64_t rows, int64_t pitch, uint32_t* panel) {
+    const int64_t columns = round_to_lanes(rows);
+    for (int64_t r = 0; r < columns; r += kLanes) {
+        for (int64_t w = 0; w < pitch; w += kLanes) {
+            Vec block[kLanes];
+            const int64_t width = pitch - w;
+#pragma GCC unroll 16
+            for (int i = 0; i < kLanes; ++i) {
+                const float* const from = reinterpret_cast<const float*>(words + (r + i) * pitch + w);
+                block[i] = r + i < rows ? load(from, width) : Vec{};
+            }
+            transpose(block);
+            for (int i = 0; i < kLanes && i < width; ++i) store_words(panel + (w + i) * columns + r, block[i]);
+        }
+    }
+}
+
+// Two rows of fp32 vectors as one vector of bf16 pairs (first: low half).
+VITFAST_INLINE Vec pair_words(Vec first, Vec second) {
+    const UVec low = __builtin_convertvector(to_bf16_bits(first), UVec);
+    const UVec high = __builtin_convertvector(to_bf16_bits(second), UVec);
+    return (Vec)(low | (high << 16));
+}
+
+// Rows x[rows, width] to the panel [words_for(rows)][round_to_lanes(width)]: for products over the rows.
+template <bool kPairs, class T>
+void row_panel(const T* x, int64_t row_stride, int64_t rows, int64_t width, uint32_t* panel) {
+    const int64_t columns = round_to_lanes(width);
+    for (int64_t w = 0; w < words_for<kPairs>(rows); ++w) {
+        for (int64_t i = 0; i < columns; i += kLanes) {
+            uint32_t* const to = panel + w * columns + i;
+            if constexpr (kPairs) {
+                const T* const from = x + 2 * w * row_stride + i;
+                const Vec second = 2 * w + 1 < rows ? load(from + row_stride, width - i) : Vec{};
+                store_words(to, pair_words(load(from, width - i), second));
+            } else {
+                store_words(to, load(x + w * row_stride + i, width - i));
+            }
+        }
+    }
+}
