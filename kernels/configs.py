@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+import torch
+
 
 def next_power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
@@ -57,3 +59,52 @@ class ActivationConfig:
 
 # 256 columns are one 16-byte load per lane of 16-bit numbers; 8 rows give 16 elements per thread.
 ACTIVATION = ActivationConfig(block=2048, rows=8, columns=256, warps=4, programs=8)
+
+
+@functools.cache
+def cover(length: int, pieces: int) -> tuple[int, ...]:
+    """At most `pieces` powers of two, none below 16, falling, with the least sum that reaches length; absent ones are 0.
+
+    16 is the least side of a tensor-core product. 197 -> (128, 64, 16), 257 -> (256, 16, 0), 72 -> (64, 16).
+    """
+    sixteenths = -(-length // 16)
+    if pieces == 1:
+        return (16 * next_power_of_two(sixteenths),)
+    largest = 1 << (sixteenths.bit_length() - 1)
+    rest = sixteenths - largest
+    split = (16 * largest, *(cover(16 * rest, pieces - 1) if rest else (0,) * (pieces - 1)))
+    whole = 16 * next_power_of_two(sixteenths)
+    return split if sum(split) < whole else (whole, *(0,) * (pieces - 1))
+
+
+def split_head_dim(head_dim: int) -> tuple[int, int]:
+    first, second = cover(head_dim, 2)
+    return first, second
+
+
+def tail_size(step: int, seqlen: int) -> int:
+    """Size of the last, masked step of a loop over a sequence; packed sequences (seqlen 0) can leave any rest."""
+    rest = seqlen % step
+    if seqlen == 0:
+        return step
+    return cover(rest, 1)[0] if rest else 0
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    queries: int  # queries of one program, or of one step where the loop runs over queries
+    keys: int  # keys of one step, or of one program
+    chunks: tuple[int, ...]  # one pass: all keys, in three power-of-two chunks; empty: looped
+    warps: int
+    stages: int = 1
+
+
+@functools.cache
+def attention_forward_config(length: int, head_dim: int, dtype: torch.dtype, arch: int) -> AttentionConfig:
+    if dtype == torch.float32:
+        # Without tensor cores (fp32 "ieee") a product's operands sit in registers: small tiles, many programs.
+        return AttentionConfig(queries=32, keys=32, chunks=(), warps=4, stages=1)
+    if length <= 256:
+        # A 64-row tile of up to 256 logits is 128 fp32 per thread in four warps, 64 in eight.
+        return AttentionConfig(queries=64, keys=0, chunks=cover(length, 3), warps=4 if length <= 208 else 8)
+    return AttentionConfig(queries=128, keys=64, chunks=(), warps=8 if head_dim > 64 else 4, stages=2)
