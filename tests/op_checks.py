@@ -111,6 +111,7 @@ def check_compiles(case: Case, op: str, backend: str) -> None:
     def run(**tensors: Any) -> Any:
         return case.op(**tensors, backend=backend)
 
+    torch.compiler.reset()  # every case compiles the same function: without this they share its recompile limit
     eager = _results(run, case.inputs(torch.float32, device), case.seed)
     compiled = _results(torch.compile(run, fullgraph=True), case.inputs(torch.float32, device), case.seed)
     for name in eager:

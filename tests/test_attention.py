@@ -75,7 +75,7 @@ def test_bias_and_its_gradient(backend: str, bias: tuple[int, ...]) -> None:
 def test_masked_keys(backend: str) -> None:
     """-inf masks a key; a query that sees no key gives zeros and no gradient, nowhere NaN."""
     skip_unless_available("attention", backend)
-    device = "cuda" if backend in ("cuda",) or torch.cuda.is_available() and backend != "cpu" else "cpu"
+    device = "cuda" if backend in ("cuda",) or (torch.cuda.is_available() and backend != "cpu") else "cpu"
     qkv = _randn(1, 6, 3, 1, 16).float().to(device).requires_grad_()
     bias = torch.zeros(1, 1, 6, 6, device=device)
     bias[..., 4:] = -math.inf
