@@ -17,18 +17,25 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def locate(cu_seqlens, seqlen, blocks, H: tl.constexpr):
-    """Block, head, sequence, first row (int64) and length of this program; blocks run fastest, so a head's K and V stay in L2."""
-    program = tl.program_id(0)
-    block = program % blocks
-    head = (program // blocks) % H
-    sequence = (program // blocks) // H
+def extent(cu_seqlens, seqlen, sequence):
+    """First row (int64) and length of a sequence."""
     if cu_seqlens is None:
         start = sequence.to(tl.int64) * seqlen
         length = seqlen
     else:
         start = tl.load(cu_seqlens + sequence).to(tl.int64)
         length = (tl.load(cu_seqlens + sequence + 1) - start).to(tl.int32)
+    return start, length
+
+
+@triton.jit
+def locate(cu_seqlens, seqlen, blocks, H: tl.constexpr):
+    """Block, head, sequence, first row (int64) and length of this program; blocks run fastest, so a head's K and V stay in L2."""
+    program = tl.program_id(0)
+    block = program % blocks
+    head = (program // blocks) % H
+    sequence = (program // blocks) // H
+    start, length = extent(cu_seqlens, seqlen, sequence)
     return block, head, sequence, start, length
 
 
@@ -124,3 +131,16 @@ def add_bias(logits, bias, queries, keys, bias_length, length):
         at = queries.to(tl.int64) * bias_length + keys
         value = tl.load(bias + at, mask=(queries < length) & (keys < length), other=0.0)
         return tl.fma(value.to(tl.float32), tl.full(logits.shape, LOG2E, tl.float32), logits)
+
+
+@triton.jit
+def load_lse(lse, rows, length):
+    """lse of the given queries in log2 units. Where a row has no key (lse -inf) or does not exist, +inf makes each of its
+    weights exp2(-inf) = 0."""
+    natural = tl.load(lse + rows, mask=rows < length, other=float("inf"))
+    return tl.where(natural == float("-inf"), float("inf"), natural) * LOG2E
+
+
+@triton.jit
+def load_row_sums(lse, delta, rows, length):
+    return load_lse(lse, rows, length), tl.load(delta + rows, mask=rows < length, other=0.0)

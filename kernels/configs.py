@@ -94,7 +94,7 @@ def tail_size(step: int, seqlen: int) -> int:
 class AttentionConfig:
     queries: int  # queries of one program, or of one step where the loop runs over queries
     keys: int  # keys of one step, or of one program
-    chunks: tuple[int, ...]  # one pass: all keys, in three power-of-two chunks; empty: looped
+    chunks: tuple[int, ...]  # one pass: all keys, in up to three power-of-two chunks; empty: looped
     warps: int
     stages: int = 1
 
@@ -108,3 +108,36 @@ def attention_forward_config(length: int, head_dim: int, dtype: torch.dtype, arc
         # A 64-row tile of up to 256 logits is 128 fp32 per thread in four warps, 64 in eight.
         return AttentionConfig(queries=64, keys=0, chunks=cover(length, 3), warps=4 if length <= 208 else 8)
     return AttentionConfig(queries=128, keys=64, chunks=(), warps=8 if head_dim > 64 else 4, stages=2)
+
+
+@dataclass(frozen=True)
+class AttentionBackwardConfig:
+    own: int  # looped: rows of one program, keys in the pass for dK and dV, queries in the pass for dQ
+    step: int  # rows of one step of the loop, the other way round; one pass: queries
+    chunks: tuple[int, ...]  # one pass: all keys; empty: looped
+    warps: int
+    stages: int
+
+
+DELTA_ROWS = 32
+
+
+@functools.cache
+def attention_backward_config(length: int, head_dim: int, dtype: torch.dtype, arch: int) -> AttentionBackwardConfig:
+    if dtype == torch.float32:
+        return AttentionBackwardConfig(own=32, step=32, chunks=(), warps=4, stages=1)
+    if length <= 256 and head_dim <= 64:
+        return AttentionBackwardConfig(own=0, step=32, chunks=cover(length, 3), warps=8, stages=1)
+    return AttentionBackwardConfig(own=64, step=64, chunks=(), warps=4, stages=2)
+
+
+@dataclass(frozen=True)
+class BiasGradientConfig:
+    tile: int  # side of the square tile of the bias
+    warps: int
+    programs: int  # wanted per multiprocessor; the walk over heads is split to reach them
+
+
+@functools.cache
+def bias_gradient_config(head_dim: int, dtype: torch.dtype, arch: int) -> BiasGradientConfig:
+    return BiasGradientConfig(tile=32 if dtype == torch.float32 else 64, warps=4, programs=4)

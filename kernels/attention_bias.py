@@ -1,0 +1,89 @@
+"""Gradient of the additive attention bias [Bb, Hb, L, L]: dS summed over the sequences and heads it was broadcast to.
+
+Legend in attention_tiles.py. A program owns one [M, N] tile of one bias matrix and walks its share of the sequences and
+heads behind it, recomputing dS: two more products than reusing dS would need, but no atomics and no [B, H, L, L] scratch.
+With few matrices the walk is split into G parts, whose sums reduce.py adds in a fixed order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import device
+from .attention import bias_strides, count_sequences
+from .attention_tiles import LOG2E, add_bias, bias_of, extent, load_row_sums, load_tile, multiply
+from .configs import bias_gradient_config, split_head_dim
+from .reduce import sum_partials
+
+
+@triton.jit(do_not_specialize=["seqlen", "T", "sequences", "blocks", "bias_sequences", "bias_heads"])
+def _bias_gradient_kernel(
+    d_out, qkv, bias, cu_seqlens, lse, delta, partials, scale, seqlen, T, sequences, blocks, bias_sequences, bias_heads,
+    bias_b, bias_h, bias_length,
+    H: tl.constexpr, E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, M: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    rows = tile % blocks * M + tl.arange(0, M)
+    cols = tile // blocks % blocks * M + tl.arange(0, M)
+    matrix_index = tile // blocks // blocks
+    G = tl.num_programs(1)
+    # The group behind one matrix: all sequences or one, times all heads or one.
+    heads = H // bias_heads
+    members = sequences // bias_sequences * heads
+    total = tl.zeros([M, M], tl.float32)
+    for member in range(tl.program_id(1), members, G):
+        sequence = matrix_index // bias_heads + member // heads
+        head = matrix_index % bias_heads + member % heads
+        start, length = extent(cu_seqlens, seqlen, sequence)
+        base = qkv + start * 3 * H * E + head * E
+        sums = head.to(tl.int64) * T + start
+        q0, q1 = load_tile(base, rows, 3 * H * E, length, E, E0, E1, True)
+        k0, k1 = load_tile(base + H * E, cols, 3 * H * E, length, E, E0, E1, True)
+        v0, v1 = load_tile(base + 2 * H * E, cols, 3 * H * E, length, E, E0, E1, True)
+        g0, g1 = load_tile(d_out + start * H * E + head * E, rows, H * E, length, E, E0, E1, True)
+        row_lse, row_delta = load_row_sums(lse + sums, delta + sums, rows, length)
+        logits = multiply(q0, q1, k0, k1, E1, PRECISION) * (scale * LOG2E)
+        matrix = bias_of(bias, sequence, head, bias_b, bias_h)
+        logits = add_bias(logits, matrix, rows[:, None], cols[None, :], bias_length, length)
+        logits = tl.where((cols < length)[None, :], logits, float("-inf"))
+        weights = tl.exp2(logits - row_lse[:, None])
+        total += weights * (multiply(g0, g1, v0, v1, E1, PRECISION) - row_delta[:, None])
+    out = partials + (tl.program_id(1) * bias_sequences * bias_heads + matrix_index).to(tl.int64) * (
+        bias_length * bias_length
+    )
+    at = rows.to(tl.int64)[:, None] * bias_length + cols[None, :]
+    tl.store(out + at, total, mask=(rows < bias_length)[:, None] & (cols < bias_length)[None, :])
+
+
+def attention_bias_gradient(
+    d_out: torch.Tensor,
+    qkv: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    scale: float,
+    bias: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    max_seqlen: int,
+    d_bias: torch.Tensor,
+    seqlen: int,
+) -> None:
+    """d_bias, fp32 and of the bias's shape, from the row sums lse and delta [H, T] (delta = sum over E of out * d_out)."""
+    T, _, H, E = qkv.shape
+    chip = device.device_properties(qkv.device)
+    sequences = count_sequences(T, cu_seqlens, seqlen)
+    bias_sequences, bias_heads, L, _ = bias.shape
+    config = bias_gradient_config(E, qkv.dtype, chip.arch)
+    blocks = triton.cdiv(L, config.tile)
+    tiles = bias_sequences * bias_heads * blocks * blocks
+    members = sequences // bias_sequences * (H // bias_heads)
+    parts = max(1, min(members, config.programs * chip.multiprocessors // tiles))
+    partials = d_bias if parts == 1 else d_bias.new_empty(1, parts, d_bias.numel())
+    _bias_gradient_kernel[(tiles, parts)](
+        d_out, qkv, bias, cu_seqlens, lse, delta, partials, scale, seqlen, T, sequences, blocks, bias_sequences,
+        bias_heads, *bias_strides(bias), H, E, *split_head_dim(E), config.tile, device.dot_precision(qkv.dtype),
+        num_warps=config.warps, num_stages=1,
+    )  # fmt: skip
+    if parts > 1:
+        sum_partials(partials, d_bias)
