@@ -31,5 +31,5 @@ class Attention(nn.Module):
         return ops.attention(qkv_BL3HE, backend=self.backend).flatten(2)
 
     def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
-        qkv_BLC = ops.linear(x_BLD, self.qkv.weight, self.qkv.bias, backend=self.backend)
-        return ops.linear(self.attend(qkv_BLC), self.proj.weight, self.proj.bias, backend=self.backend)
+        qkv_BLC = ops.linear(x_BLD, self.qkv.weight, self.qkv.bias)
+        return ops.linear(self.attend(qkv_BLC), self.proj.weight, self.proj.bias)

@@ -31,7 +31,6 @@ class AttentionPoolLatent(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
-        self.backend = backend
         self.latent = nn.Parameter(torch.empty(1, 1, dim))
         self.q = nn.Linear(dim, dim)
         self.kv = nn.Linear(dim, 2 * dim)
@@ -44,7 +43,7 @@ class AttentionPoolLatent(nn.Module):
         """Tokens [B, L, D] to one vector per image, [B, D]."""
         heads = (self.num_heads, self.head_dim)
         q_1H1E = self.q(self.latent).unflatten(-1, heads).transpose(1, 2)
-        kv_BLC = ops.linear(x_BLD, self.kv.weight, self.kv.bias, backend=self.backend)
+        kv_BLC = ops.linear(x_BLD, self.kv.weight, self.kv.bias)
         k_BHLE, v_BHLE = kv_BLC.unflatten(-1, (2, *heads)).permute(2, 0, 3, 1, 4).unbind(0)
         pooled_BH1E = F.scaled_dot_product_attention(q_1H1E.expand(x_BLD.shape[0], -1, -1, -1), k_BHLE, v_BHLE)
         pooled_BD = self.proj(pooled_BH1E.flatten(1))

@@ -95,12 +95,12 @@ class Block(nn.Module):
         """The same block with dropout after every dense layer but qkv (paper, B.1): the fused ops draw no elements."""
         proj, fc2 = self.attn.proj, self.mlp.fc2
         out_BLD = self.attn.attend(self._norm_linear(x_BLD, self.norm1, self.attn.qkv))
-        out_BLD = F.dropout(ops.linear(out_BLD, proj.weight, proj.bias, backend=self.backend), self.proj_drop)
+        out_BLD = F.dropout(ops.linear(out_BLD, proj.weight, proj.bias), self.proj_drop)
         x_BLD = x_BLD + self.drop_path1(self.ls1(out_BLD))
         hidden_BLF = self._norm_linear(x_BLD, self.norm2, self.mlp.fc1)
         approximate = "tanh" if self.mlp.activation == "gelu_tanh" else "none"
         hidden_BLF = F.dropout(F.gelu(hidden_BLF, approximate=approximate), self.proj_drop)
-        out_BLD = F.dropout(ops.linear(hidden_BLF, fc2.weight, fc2.bias, backend=self.backend), self.proj_drop)
+        out_BLD = F.dropout(ops.linear(hidden_BLF, fc2.weight, fc2.bias), self.proj_drop)
         return x_BLD + self.drop_path2(self.ls2(out_BLD))
 
 

@@ -76,6 +76,8 @@ class ViTConfig:
             _check_integer(field, getattr(self, field), 1)
         for field in ("num_classes", "reg_tokens"):
             _check_integer(field, getattr(self, field), 0)
+        if isinstance(self.img_size, tuple) and len(self.img_size) != 2:
+            raise ValueError(f"img_size must be one number or (height, width), got {self.img_size}")
         for side in self.image_hw:
             _check_integer("img_size", side, 1)
         if any(side % self.patch_size for side in self.image_hw):
@@ -95,7 +97,7 @@ class ViTConfig:
     @property
     def image_hw(self) -> tuple[int, int]:
         """Height and width in pixels."""
-        return (self.img_size, self.img_size) if isinstance(self.img_size, int) else self.img_size
+        return self.img_size if isinstance(self.img_size, tuple) else (self.img_size, self.img_size)
 
     @property
     def block_recompute(self) -> str:
