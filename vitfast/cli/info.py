@@ -39,6 +39,7 @@ def gather() -> dict[str, Any]:
     import torch
 
     import vitfast
+    from vitfast import ops
 
     return {
         "versions": {"vitfast": vitfast.__version__, "python": platform.python_version(), **_package_versions()},
@@ -54,8 +55,8 @@ def gather() -> dict[str, Any]:
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
         },
-        "extension": vitfast.extension_status(),
-        "backends": vitfast.backends(),
+        "extension": ops.extension_status(),
+        "backends": ops.backends(),
     }
 
 
