@@ -1,0 +1,48 @@
+"""Starting from weights trained on something else."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vitfast.models import convert
+from vitfast.train.checkpoint import FORMAT, load_checkpoint, read_tensors
+
+
+def load_initial(model: nn.Module, path: Path, num_classes: int) -> list[str]:
+    """Load pretrained weights into `model` for fine-tuning; returns what was adapted, for the user to read.
+
+    path: a vitfast checkpoint, or a weight file with the model's (timm's) names. A head for other classes is replaced by
+    a zero-initialised linear layer, and position embeddings of another grid are interpolated in 2-D
+    (Dosovitskiy et al. 2021, section 3.2). Raises CheckpointError or ValueError when anything else does not fit.
+    """
+    weights, own, adapted = _read(path), model.state_dict(), []
+    head = head_name(model, num_classes)
+    keys = [key for key in (f"{head}.weight", f"{head}.bias") if key in own]
+    if any(key not in weights or weights[key].shape != own[key].shape for key in keys):
+        weights |= {key: torch.zeros_like(own[key]) for key in keys}
+        weights = {key: value for key, value in weights.items() if not key.startswith("pre_logits.")}
+        adapted.append(f"new zero-initialised head for {num_classes} classes")
+    before, after = (w["pos_embed"].shape[1] if "pos_embed" in w else 0 for w in (weights, own))
+    convert.load_state_dict(model, weights)
+    if before != after:
+        adapted.append(f"position embeddings interpolated from {before} to {after} tokens")
+    return adapted
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".npz":
+        return convert.from_google(convert.read_npz(path))
+    content = read_tensors(path)
+    if isinstance(content, dict) and content.get("format") == FORMAT:
+        checkpoint = load_checkpoint(path)
+        return checkpoint["ema"]["weights"] if checkpoint["ema"] else checkpoint["weights"]
+    return convert.read_state_dict(path)
+
+
+def head_name(model: nn.Module, num_classes: int) -> str:
+    """The name of the last linear layer with num_classes outputs: "head", "fc", "classifier.6"."""
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.out_features == num_classes]
+    if not names:
+        raise ValueError(f"{type(model).__name__} has no linear head of {num_classes} classes to start afresh")
+    return names[-1]
