@@ -1,0 +1,43 @@
+# make demo: from a fresh clone to a trained ViT, its figures and its speed.  make test: the tests.
+# Both make .venv on first use. PYTHON=... picks the interpreter, TESTS="tests/test_attention.py -k bias" the tests.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+TESTS ?=
+
+.PHONY: demo test lint format aot clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.built
+	$(BIN)/python examples/demo.py --out runs/demo
+
+test: $(VENV)/.built
+	$(BIN)/python -m pytest $(TESTS)
+
+lint: $(VENV)/.built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+
+format: $(VENV)/.built
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
+
+# Compiles every Triton kernel for sm_80, sm_90 and sm_100 without a GPU; fails on spills.
+aot: $(VENV)/.built
+	$(BIN)/python -m vitfast.kernels.aot --out build/aot.json
+
+clean:
+	rm -rf build $(VENV) vitfast/*.so
+
+$(VENV)/.installed: pyproject.toml .ci/environment
+	PYTHON="$(PYTHON)" .ci/environment $(VENV)
+	touch $@
+
+$(VENV)/.built: $(VENV)/.installed setup.py $(SOURCES)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
