@@ -127,6 +127,19 @@ VITFAST_INLINE void prefetch_row(const T* row, int64_t width) {
 
 constexpr int64_t kPrefetchRows = 12;
 
+// kLanes words of a row that has n more numbers; 0 past its end.
+template <bool kPairs, class T>
+VITFAST_INLINE Vec load_row_words(const T* from, int64_t n) {
+    if constexpr (kPairs) {
+        uint32_t buffer[kLanes] = {};
+        if (__builtin_expect(n >= 2 * kLanes, 1)) return load_words(reinterpret_cast<const uint32_t*>(from));
+        __builtin_memcpy(buffer, from, n * sizeof(bf16));
+        return load_words(buffer);
+    } else {
+        return load(from, n);
+    }
+}
+
 // Rows x[rows, width] (row_stride elements apart) to words[rows][words_for(width)].
 template <bool kPairs, class T>
 void pack_rows(const T* x, int64_t row_stride, int64_t rows, int64_t width, uint32_t* words) {
@@ -134,8 +147,10 @@ void pack_rows(const T* x, int64_t row_stride, int64_t rows, int64_t width, uint
     for (int64_t r = 0; r < rows; ++r) {
         if (r + kPrefetchRows < rows) prefetch_row(x + (r + kPrefetchRows) * row_stride, width);
         if constexpr (kPairs) {
-            words[r * pitch + pitch - 1] = 0;
-            __builtin_memcpy(words + r * pitch, x + r * row_stride, width * sizeof(bf16));
+            for (int64_t w = 0; w < pitch; w += kLanes) {
+                const Vec block = load_row_words<true>(x + r * row_stride + 2 * w, width - 2 * w);
+                store(reinterpret_cast<float*>(words + r * pitch + w), block, pitch - w);
+            }
         } else {
             float* const to = reinterpret_cast<float*>(words + r * pitch);
             for (int64_t i = 0; i < width; i += kLanes) store(to + i, load(x + r * row_stride + i, width - i), width - i);
@@ -161,19 +176,6 @@ VITFAST_INLINE void transpose(Vec rows[kLanes]) {
         }
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
-    }
-}
-
-// kLanes words of a row that has n more numbers; 0 past its end.
-template <bool kPairs, class T>
-VITFAST_INLINE Vec load_row_words(const T* from, int64_t n) {
-    if constexpr (kPairs) {
-        uint32_t buffer[kLanes] = {};
-        if (__builtin_expect(n >= 2 * kLanes, 1)) return load_words(reinterpret_cast<const uint32_t*>(from));
-        __builtin_memcpy(buffer, from, n * sizeof(bf16));
-        return load_words(buffer);
-    } else {
-        return load(from, n);
     }
 }
 
