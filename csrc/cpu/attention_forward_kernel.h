@@ -58,11 +58,9 @@ VITFAST_INLINE float softmax_row(const float* row, float unit, int64_t columns, 
 template <class Y>
 void attention_pack(const AttentionForward<Y>& a, const HeadOfSequence& item, ForwardWorkspace<Y>& w) {
     constexpr bool kPairs = ForwardWorkspace<Y>::kPairs;
-    const int64_t stride = 3 * a.heads * a.head_dim, pitch = words_for<kPairs>(a.head_dim);
+    const int64_t stride = 3 * a.heads * a.head_dim;
     const Y* const k = a.qkv + item.start * stride + (a.heads + item.head) * a.head_dim;
-    // The values' panel has room for the keys' rows, and is filled after them.
-    pack_rows<kPairs>(k, stride, item.length, a.head_dim, w.values);
-    transpose_panel(w.values, item.length, pitch, w.keys);
+    transposed_panel<kPairs>(k, stride, item.length, a.head_dim, w.keys);
     row_panel<kPairs>(k + a.heads * a.head_dim, stride, item.length, a.head_dim, w.values);
 }
 
@@ -75,6 +73,9 @@ void attention_block(const AttentionForward<Y>& a, const HeadOfSequence& item, i
     const int64_t columns = round_to_lanes(item.length), width = round_to_lanes(a.head_dim);
     const Y* const q = a.qkv + (item.start + begin) * stride + item.head * a.head_dim;
     pack_rows<kPairs>(q, stride, count, a.head_dim, w.queries);
+    for (int64_t i = begin + count; i < std::min(item.length, begin + 2 * count); ++i) {
+        prefetch_row(q + (i - begin) * stride, a.head_dim);
+    }
     multiply<kPairs>({w.queries, pitch, 1}, w.keys, count, columns, pitch, w.logits, columns, false);
 
     const int64_t bias_start = a.bias.slice(item.sequence, item.head) * a.bias.length * a.bias.length;

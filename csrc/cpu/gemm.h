@@ -119,14 +119,38 @@ constexpr int64_t words_for(int64_t count) {
 
 constexpr int64_t round_to_lanes(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
+// Rows of one head lie far apart in the packed qkv: their cache lines are asked for some rows ahead.
+template <class T>
+VITFAST_INLINE void prefetch_row(const T* row, int64_t width) {
+    for (int64_t i = 0; i < width; i += 64 / sizeof(T)) __builtin_prefetch(row + i);
+}
+
+constexpr int64_t kPrefetchRows = 12;
+
+// kLanes words of a row that has n more numbers; 0 past its end.
+template <bool kPairs, class T>
+VITFAST_INLINE Vec load_row_words(const T* from, int64_t n) {
+    if constexpr (kPairs) {
+        uint32_t buffer[kLanes] = {};
+        if (__builtin_expect(n >= 2 * kLanes, 1)) return load_words(reinterpret_cast<const uint32_t*>(from));
+        __builtin_memcpy(buffer, from, n * sizeof(bf16));
+        return load_words(buffer);
+    } else {
+        return load(from, n);
+    }
+}
+
 // Rows x[rows, width] (row_stride elements apart) to words[rows][words_for(width)].
 template <bool kPairs, class T>
 void pack_rows(const T* x, int64_t row_stride, int64_t rows, int64_t width, uint32_t* words) {
     const int64_t pitch = words_for<kPairs>(width);
     for (int64_t r = 0; r < rows; ++r) {
+        if (r + kPrefetchRows < rows) prefetch_row(x + (r + kPrefetchRows) * row_stride, width);
         if constexpr (kPairs) {
-            words[r * pitch + pitch - 1] = 0;
-            __builtin_memcpy(words + r * pitch, x + r * row_stride, width * sizeof(bf16));
+            for (int64_t w = 0; w < pitch; w += kLanes) {
+                const Vec block = load_row_words<true>(x + r * row_stride + 2 * w, width - 2 * w);
+                store(reinterpret_cast<float*>(words + r * pitch + w), block, pitch - w);
+            }
         } else {
             float* const to = reinterpret_cast<float*>(words + r * pitch);
             for (int64_t i = 0; i < width; i += kLanes) store(to + i, load(x + r * row_stride + i, width - i), width - i);
@@ -155,20 +179,22 @@ VITFAST_INLINE void transpose(Vec rows[kLanes]) {
     }
 }
 
-// words[rows][pitch] to the panel [pitch][columns] with columns = round_to_lanes(rows): for products over the width.
-VITFAST_INLINE void transpose_panel(const uint32_t* words, int64_t rows, int64_t pitch, uint32_t* panel) {
-    const int64_t columns = round_to_lanes(rows);
+// Rows x[rows, width] to the panel [words_for(width)][round_to_lanes(rows)]: for products over the width.
+template <bool kPairs, class T>
+void transposed_panel(const T* x, int64_t row_stride, int64_t rows, int64_t width, uint32_t* panel) {
+    constexpr int64_t kPerWord = kPairs ? 2 : 1;
+    const int64_t columns = round_to_lanes(rows), words = words_for<kPairs>(width);
     for (int64_t r = 0; r < columns; r += kLanes) {
-        for (int64_t w = 0; w < pitch; w += kLanes) {
+        for (int64_t i = r + kLanes; i < std::min(rows, r + 2 * kLanes); ++i) prefetch_row(x + i * row_stride, width);
+        for (int64_t w = 0; w < words; w += kLanes) {
             Vec block[kLanes];
-            const int64_t width = pitch - w;
 #pragma GCC unroll 16
             for (int i = 0; i < kLanes; ++i) {
-                const float* const from = reinterpret_cast<const float*>(words + (r + i) * pitch + w);
-                block[i] = r + i < rows ? load(from, width) : Vec{};
+                const T* const from = x + (r + i) * row_stride + w * kPerWord;
+                block[i] = r + i < rows ? load_row_words<kPairs>(from, width - w * kPerWord) : Vec{};
             }
             transpose(block);
-            for (int i = 0; i < kLanes && i < width; ++i) store_words(panel + (w + i) * columns + r, block[i]);
+            for (int i = 0; i < kLanes && w + i < words; ++i) store_words(panel + (w + i) * columns + r, block[i]);
         }
     }
 }
@@ -184,7 +210,11 @@ VITFAST_INLINE Vec pair_words(Vec first, Vec second) {
 template <bool kPairs, class T>
 void row_panel(const T* x, int64_t row_stride, int64_t rows, int64_t width, uint32_t* panel) {
     const int64_t columns = round_to_lanes(width);
+    constexpr int64_t kRowsPerWord = kPairs ? 2 : 1;
     for (int64_t w = 0; w < words_for<kPairs>(rows); ++w) {
+        for (int64_t r = w * kRowsPerWord + kPrefetchRows; r < std::min(rows, (w + 1) * kRowsPerWord + kPrefetchRows); ++r) {
+            prefetch_row(x + r * row_stride, width);
+        }
         for (int64_t i = 0; i < columns; i += kLanes) {
             uint32_t* const to = panel + w * columns + i;
             if constexpr (kPairs) {

@@ -16,6 +16,10 @@ struct bf16 {
     uint16_t bits;
 };
 
+struct fp16 {
+    uint16_t bits;
+};
+
 enum class Capability { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
 
 Capability cpu_capability();

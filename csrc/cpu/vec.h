@@ -58,11 +58,16 @@ VITFAST_INLINE float reduce_add(Vec a) {
 #endif
 }
 
-// NaN if the last lane compared is NaN, else the largest lane that survives `max`.
+// The largest lane; lanes that are NaN may be passed over.
 VITFAST_INLINE float reduce_max(Vec a) {
-    float largest = a[0];
-    for (int i = 1; i < kLanes; ++i) largest = largest > a[i] ? largest : a[i];
-    return largest;
+#if VITFAST_LEVEL >= 2
+    return _mm512_reduce_max_ps(a);
+#else
+    for (int half = kLanes / 2; half > 0; half /= 2) {
+        for (int i = 0; i < half; ++i) a[i] = a[i] > a[i + half] ? a[i] : a[i + half];
+    }
+    return a[0];
+#endif
 }
 
 // bf16 is the upper half of fp32; rounds to nearest even, NaN stays NaN. The native instruction flushes subnormals to

@@ -6,22 +6,22 @@ constexpr float kLn2 = 0.6931471805599453f;
 
 // 2^y for y <= 127; relative error below 1.5e-7 (2 ulp). Exactly 0 for -inf, 0 or subnormal below -126, NaN stays NaN.
 VITFAST_INLINE Vec exp2(Vec y) {
-    y = max(broadcast(-150.0f), y);
+    // 2^y = 2^whole * 2^f with f in [0, 1): vreduceps gives f, and 0 for -inf; vscalefps takes the floor by itself.
 #if VITFAST_LEVEL >= 2
-    const Vec whole = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const Vec f = _mm512_reduce_ps(y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 #else
+    const Vec bounded = max(broadcast(-150.0f), y);
     const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
-    const Vec shifted = y + magic;
-    const Vec whole = shifted - magic;
+    const Vec shifted = bounded - 0.5f + magic;
+    const Vec f = bounded - (shifted - magic);
 #endif
-    const Vec f = y - whole;  // in [-0.5, 0.5]
-    Vec p = fma(broadcast(0.001326474011875689f), f, broadcast(0.009671512991189957f));
-    p = fma(p, f, broadcast(0.05550733581185341f));
-    p = fma(p, f, broadcast(0.24022242426872253f));
-    p = fma(p, f, broadcast(0.6931470036506653f));
-    p = fma(p, f, broadcast(1.0f));
+    Vec p = fma(broadcast(0.0018775744829326868f), f, broadcast(0.008989345282316208f));
+    p = fma(p, f, broadcast(0.05582631379365921f));
+    p = fma(p, f, broadcast(0.24015362560749054f));
+    p = fma(p, f, broadcast(0.6931530833244324f));
+    p = fma(p, f, broadcast(0.9999999403953552f));
 #if VITFAST_LEVEL >= 2
-    return _mm512_scalef_ps(p, whole);
+    return _mm512_scalef_ps(p, y);
 #else
     const Vec power = (Vec)(((IVec)shifted << 23) + 0x3f800000);
     return y < -126.0f ? Vec{} : p * power;
