@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton")
 
-from vitfast.kernels import activation, attention, attention_backward, configs, layer_norm
+from vitfast.kernels import activation, attention, attention_backward, configs, layer_norm, patch_embed, patchify
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter truncates to bf16 instead of rounding, and its bf16 products are wrong: there only fp32 and fp16 are tested.
@@ -347,3 +347,82 @@ def test_attention_empty():
     attention.attention_forward(none, 1.0, bias, None, 0, out, lse, 8)
     attention_backward.attention_backward(out, none, out, lse, 1.0, bias, None, 0, none, d_bias, 8)
     assert not d_bias.any()
+
+
+def patch_reference(images, weight, bias, pos_embed, prefix, scale, shift, d_tokens):
+    """tokens and gradients in the weight's dtype; the image's in fp32."""
+    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in (images, weight)]
+    pixels, weight = leaves
+    shaped = [t[None, :, None, None] for t in (scale, shift)]
+    P = weight.shape[-1]
+    projected = F.conv2d((pixels * shaped[0] + shaped[1]).to(weight.dtype), weight, stride=P)
+    value = projected.flatten(2).transpose(1, 2)
+    if bias is not None:
+        value = value + bias.to(value.dtype)
+    if pos_embed is not None and pos_embed.shape[0] == value.shape[1]:
+        value = value + pos_embed.to(value.dtype)
+    if prefix is not None:
+        value = torch.cat([prefix.to(value.dtype).expand(len(value), -1, -1), value], 1)
+    if pos_embed is not None and pos_embed.shape[0] == value.shape[1] and prefix is not None:
+        value = value + pos_embed.to(value.dtype)
+    value.backward(d_tokens.to(value.dtype))
+    return {"tokens": value.detach(), "d_weight": weight.grad, "d_images": pixels.grad}
+
+
+PATCH_CASES = [
+    # pixels, C, P, size, D, R, position ("", "patches", "all"), memory
+    ("uint8", 3, 16, (32, 48), 48, 1, "all", "NCHW"),
+    ("uint8", 3, 14, (28, 42), 24, 5, "patches", "NHWC"),
+    ("float", 1, 4, (16, 20), 72, 0, "patches", "NCHW"),
+    ("float", 4, 7, (22, 15), 33, 2, "", "NHWC"),
+    ("float", 3, 32, (32, 64), 16, 0, "", "sliced"),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("pixels", "C", "P", "size", "D", "R", "position", "memory"), PATCH_CASES)
+def test_patch_embed(pixels, C, P, size, D, R, position, memory, dtype):
+    B = 2
+    images = rand(B, C, *size)
+    if pixels == "uint8":
+        images = (images * 64 + 128).clamp(0, 255).to(torch.uint8)
+    if memory == "NHWC":
+        images = images.to(memory_format=torch.channels_last)
+    if memory == "sliced":
+        images = torch.cat([images, images], 3)[:, :, :, : size[1]]
+    N, K = (size[0] // P) * (size[1] // P), C * P * P
+    weight, bias = rand(D, C, P, P, dtype=dtype, spread=K**-0.5, seed=1), None if R == 2 else rand(D, seed=2)
+    pos_embed = {"": None, "patches": rand(N, D, seed=3), "all": rand(R + N, D, seed=3)}[position]
+    prefix = rand(R, D, seed=4) if R else None
+    spread = torch.linspace(0.9, 1.1, C, device=DEVICE)
+    scale, shift = (spread / 64, -2 * spread) if pixels == "uint8" else (spread, spread / 3)
+    d_tokens = rand(B, R + N, D, dtype=dtype, seed=5)
+
+    tokens, d_weight = poisoned(B, R + N, D, dtype=dtype), poisoned(D, C, P, P)
+    d_images = poisoned(B, C, *size)
+    patch_embed.patch_embed_forward(images, weight, bias, pos_embed, prefix, scale, shift, tokens)
+    patch_embed.patch_embed_weight_gradient(images, d_tokens, scale, shift, d_weight)
+    patch_embed.patch_embed_image_gradient(d_tokens, weight, scale, d_images)
+
+    others = (weight, bias, pos_embed, prefix, scale, shift, d_tokens)
+    plain = patch_reference(images.float(), *others)
+    truth = patch_reference(images.double(), *(None if t is None else t.double() for t in others))
+    for name, got in {"tokens": tokens, "d_weight": d_weight, "d_images": d_images}.items():
+        check(name, got, plain[name], truth[name])
+
+    rows = poisoned(B * N, K, dtype=dtype)
+    patchify.patchify(images, P, scale, shift, rows)
+    again, back = poisoned(B, R + N, D, dtype=dtype), poisoned(B, C, *size)
+    patchify.assemble_tokens(rows @ weight.flatten(1).T, bias, pos_embed, prefix, again)
+    patchify.unpatchify(d_tokens[:, R:].reshape(B * N, D) @ weight.flatten(1), P, scale, back)
+    check("assembled", again, plain["tokens"], truth["tokens"])
+    check("unpatchified", back, plain["d_images"], truth["d_images"])
+
+
+def test_patch_embed_empty_batch():
+    images, weight = poisoned(0, 3, 8, 8), rand(16, 3, 4, 4)
+    ones, tokens, d_weight = torch.ones(3, device=DEVICE), poisoned(0, 4, 16), poisoned(16, 3, 4, 4)
+    patch_embed.patch_embed_forward(images, weight, None, None, None, ones, ones, tokens)
+    patch_embed.patch_embed_weight_gradient(images, tokens, ones, ones, d_weight)
+    patch_embed.patch_embed_image_gradient(tokens, weight, ones, images)
+    assert not d_weight.any()
