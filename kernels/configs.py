@@ -177,3 +177,18 @@ def patch_weight_config(rows: int, columns: int, dtype: torch.dtype, arch: int) 
     if dtype == torch.float32:
         return ProductConfig(rows=_small(rows, 64), columns=_small(columns, 64), depth=16, warps=4, stages=2)
     return ProductConfig(rows=_small(rows, 128), columns=_small(columns, 128), depth=64, warps=8, stages=3)
+
+
+ROW_GROUP = 8  # row blocks of a product that share the weights in L2
+
+
+@functools.cache
+def linear_config(rows: int, columns: int, depth: int, dtype: torch.dtype, arch: int) -> ProductConfig:
+    if dtype == torch.float32:
+        return ProductConfig(rows=64, columns=_small(columns, 64), depth=_small(depth, 16), warps=4, stages=2)
+    # 128 x 128 sums are 64 fp32 per thread in eight warps: room for the epilogue's second operand. Few rows take half a tile,
+    # which doubles the programs.
+    tall = 128 if rows > 2048 else 64
+    return ProductConfig(
+        rows=tall, columns=_small(columns, 128), depth=_small(depth, 64), warps=8 if tall == 128 else 4, stages=3
+    )

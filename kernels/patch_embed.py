@@ -15,6 +15,8 @@ from .configs import patch_embed_config, patch_weight_config
 from .patchify import load_pixels, load_position, patch_grid, pixel_offsets
 from .reduce import sum_partials
 
+TRITON_TYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
 
 @triton.jit
 def _store_prefix(
@@ -78,7 +80,7 @@ def _forward_kernel(
 def _weight_kernel(
     images, d_tokens, scale, shift, partials, images_in_batch, GY, GX, stride_b, stride_c, stride_y, stride_x,
     K: tl.constexpr, P: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
     """partials [G, D, K]: program (tile, g) sums d_tokens^T pixels over every G-th block of patches."""
     N = GY * GX
@@ -95,8 +97,8 @@ def _weight_kernel(
         )
         row = (m // N).to(tl.int64) * (R + N) + R + m % N
         mask = (m < patches)[:, None] & (d < D)[None, :]
-        gradient = tl.load(d_tokens + row[:, None] * D + d[None, :], mask=mask, other=0.0)
-        total = tl.dot(tl.trans(gradient), pixels.to(gradient.dtype), total, input_precision=PRECISION)
+        gradient = tl.load(d_tokens + row[:, None] * D + d[None, :], mask=mask, other=0.0).to(TYPE)
+        total = tl.dot(tl.trans(gradient), pixels.to(TYPE), total, input_precision=PRECISION)
     at = part.to(tl.int64) * (D * K) + d[:, None] * K + k[None, :]
     tl.store(partials + at, total, mask=(d < D)[:, None] & (k < K)[None, :])
 
@@ -166,9 +168,10 @@ def patch_embed_weight_gradient(
     d_tokens: torch.Tensor,
     scale: torch.Tensor,
     shift: torch.Tensor,
+    product_dtype: torch.dtype,
     d_weight: torch.Tensor,
 ) -> None:
-    """d_weight [D, C, P, P] fp32 from d_tokens [B, R + N, D] contiguous, in whose dtype the product runs."""
+    """d_weight [D, C, P, P] fp32 from d_tokens [B, R + N, D] contiguous, both operands rounded to product_dtype."""
     B, L, D = d_tokens.shape
     P = d_weight.shape[-1]
     K = d_weight.numel() // D
@@ -177,13 +180,13 @@ def patch_embed_weight_gradient(
         d_weight.zero_()
         return
     chip = device.device_properties(images.device)
-    config = patch_weight_config(D, K, d_tokens.dtype, chip.arch)
+    config = patch_weight_config(D, K, product_dtype, chip.arch)
     tiles = triton.cdiv(D, config.rows) * triton.cdiv(K, config.columns)
     parts = max(1, min(triton.cdiv(patches, config.depth), 2 * chip.multiprocessors // tiles))
     partials = d_weight if parts == 1 else d_weight.new_empty(1, parts, D * K)
     _weight_kernel[(tiles, parts)](
         images, d_tokens, scale, shift, partials, B, GY, GX, *images.stride(), K, P, D, L - GY * GX,
-        config.rows, config.columns, config.depth, device.dot_precision(d_tokens.dtype),
+        config.rows, config.columns, config.depth, device.dot_precision(product_dtype), TRITON_TYPE[product_dtype],
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     if parts > 1:
@@ -199,7 +202,7 @@ def patch_embed_image_gradient(
     P = weight.shape[-1]
     K = weight.numel() // D
     patches, GY, GX = patch_grid(d_images, P)
-    if (GY * P, GX * P) != d_images.shape[2:]:
+    if d_images.shape[2:] != (GY * P, GX * P):
         d_images.zero_()
     if patches == 0:
         return

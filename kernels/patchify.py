@@ -110,9 +110,7 @@ def _assemble_kernel(
 
 
 @triton.jit
-def load_position(
-    pos_embed, place, d, mask, is_patch, D: tl.constexpr, R: tl.constexpr, PREFIX_POSITION: tl.constexpr
-):
+def load_position(pos_embed, place, d, mask, is_patch, D: tl.constexpr, R: tl.constexpr, PREFIX_POSITION: tl.constexpr):
     """Position embedding of token `place` of an image; prefix tokens have one only under PREFIX_POSITION."""
     if PREFIX_POSITION:
         return tl.load(pos_embed + place[:, None] * D + d[None, :], mask=mask, other=0.0)
@@ -127,9 +125,7 @@ def patch_grid(images: torch.Tensor, patch: int) -> tuple[int, int, int]:
 
 
 @device.launcher
-def patchify(
-    images: torch.Tensor, patch: int, scale: torch.Tensor, shift: torch.Tensor, patches: torch.Tensor
-) -> None:
+def patchify(images: torch.Tensor, patch: int, scale: torch.Tensor, shift: torch.Tensor, patches: torch.Tensor) -> None:
     """patches [B * N, C * P * P] = pixels * scale[c] + shift[c] of images [B, C, Hi, Wi], uint8 or float, any strides."""
     rows, GY, GX = patch_grid(images, patch)
     if rows == 0:
