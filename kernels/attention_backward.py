@@ -64,9 +64,7 @@ def _keys_step(
     E1: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add what queries q [M, E] with output gradient g [M, E] give to dK and dV [N, E]; returns dS [N, M] as well."""
-    weights = _weights(
-        k0, k1, q0, q1, bias, lse, rows, cols, scale_log2, bias_length, length, E1, MASK, PRECISION
-    )
+    weights = _weights(k0, k1, q0, q1, bias, lse, rows, cols, scale_log2, bias_length, length, E1, MASK, PRECISION)
     dv0, dv1 = accumulate(dv0, dv1, weights, g0, g1, E1, PRECISION)
     d_weights = multiply(v0, v1, g0, g1, E1, PRECISION)
     d_logits = (weights * (d_weights - delta[None, :])).to(q0.dtype)
@@ -182,7 +180,9 @@ def _queries_kernel(
 
 
 @triton.jit
-def _load_chunk(keys, begin, length, H: tl.constexpr, E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, N: tl.constexpr):
+def _load_chunk(
+    keys, begin, length, H: tl.constexpr, E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, N: tl.constexpr
+):
     """K and V of N keys, and zeros for their gradients."""
     cols = begin + tl.arange(0, N)
     k0, k1 = load_tile(keys, cols, 3 * H * E, length, E, E0, E1, True)

@@ -40,7 +40,9 @@ def locate(cu_seqlens, seqlen, blocks, H: tl.constexpr):
 
 
 @triton.jit
-def load_piece(base, rows, stride, length, E: tl.constexpr, FROM: tl.constexpr, WIDTH: tl.constexpr, MASK: tl.constexpr):
+def load_piece(
+    base, rows, stride, length, E: tl.constexpr, FROM: tl.constexpr, WIDTH: tl.constexpr, MASK: tl.constexpr
+):
     """Columns FROM .. FROM + WIDTH of the given rows [R, WIDTH]; MASK where rows can pass the sequence's end."""
     cols = FROM + tl.arange(0, WIDTH)
     at = rows.to(tl.int64)[:, None] * stride + cols[None, :]
@@ -68,9 +70,7 @@ def load_tile(
 
 
 @triton.jit
-def store_tile(
-    base, piece0, piece1, rows, stride, length, E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr
-):
+def store_tile(base, piece0, piece1, rows, stride, length, E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr):
     cols = tl.arange(0, E0)
     at = rows.to(tl.int64)[:, None] * stride + cols[None, :]
     mask = (rows < length)[:, None] & (cols < E)[None, :]

@@ -141,3 +141,54 @@ class BiasGradientConfig:
 @functools.cache
 def bias_gradient_config(head_dim: int, dtype: torch.dtype, arch: int) -> BiasGradientConfig:
     return BiasGradientConfig(tile=32 if dtype == torch.float32 else 64, warps=4, programs=4)
+
+
+@dataclass(frozen=True)
+class ProductConfig:
+    """A tile [rows, columns] of the result, summed in steps of `depth`."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+# 64 pixels in a row of a tile are at least 64 bytes, two sectors; 32 rows give 16 elements per thread.
+PATCHIFY = ProductConfig(rows=32, columns=64, depth=0, warps=4, stages=1)
+
+
+def _small(columns: int, limit: int) -> int:
+    """A side of a tile no larger than the matrix itself needs, at least 16."""
+    return max(16, min(limit, next_power_of_two(columns)))
+
+
+@functools.cache
+def patch_embed_config(columns: int, depth: int, dtype: torch.dtype, arch: int) -> ProductConfig:
+    if dtype == torch.float32:
+        return ProductConfig(rows=64, columns=_small(columns, 64), depth=_small(depth, 16), warps=4, stages=2)
+    # Pixels pass through registers to be converted, so one tile of them should serve many columns; depth 64 is one wgmma
+    # swizzle row of 128 bytes.
+    return ProductConfig(rows=128, columns=_small(columns, 128), depth=_small(depth, 64), warps=8, stages=3)
+
+
+@functools.cache
+def patch_weight_config(rows: int, columns: int, dtype: torch.dtype, arch: int) -> ProductConfig:
+    if dtype == torch.float32:
+        return ProductConfig(rows=_small(rows, 64), columns=_small(columns, 64), depth=16, warps=4, stages=2)
+    return ProductConfig(rows=_small(rows, 128), columns=_small(columns, 128), depth=64, warps=8, stages=3)
+
+
+ROW_GROUP = 8  # row blocks of a product that share the weights in L2
+
+
+@functools.cache
+def linear_config(rows: int, columns: int, depth: int, dtype: torch.dtype, arch: int) -> ProductConfig:
+    if dtype == torch.float32:
+        return ProductConfig(rows=64, columns=_small(columns, 64), depth=_small(depth, 16), warps=4, stages=2)
+    # 128 x 128 sums are 64 fp32 per thread in eight warps: room for the epilogue's second operand. Few rows take half a tile,
+    # which doubles the programs.
+    tall = 128 if rows > 2048 else 64
+    return ProductConfig(
+        rows=tall, columns=_small(columns, 128), depth=_small(depth, 64), warps=8 if tall == 128 else 4, stages=3
+    )

@@ -117,7 +117,9 @@ def _backward_kernel(
         average = tl.load(mean + rows, mask=row_mask, other=0.0)[:, None]
         inverse = tl.load(rstd + rows, mask=row_mask, other=0.0)[:, None]
         normal = (value - average) * inverse
-        w = tl.load(weight + cols, mask=col_mask, other=0.0)[None, :]  # from L1: held across rows it would spill at 8192
+        w = tl.load(weight + cols, mask=col_mask, other=0.0)[
+            None, :
+        ]  # from L1: held across rows it would spill at 8192
         weighted = gradient * w  # 0 outside D, so the two row sums need no further mask
         along = tl.sum(weighted * normal, axis=1)[:, None] / D
         level = tl.sum(weighted, axis=1)[:, None] / D

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton")
 
-from vitfast.kernels import activation, layer_norm
+from vitfast.kernels import activation, attention, attention_backward, configs, layer_norm, mlp, patch_embed, patchify
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter truncates to bf16 instead of rounding, and its bf16 products are wrong: there only fp32 and fp16 are tested.
@@ -187,3 +187,287 @@ def test_activation_over_the_whole_line(kind):
     truth = F.gelu(h.double(), approximate="tanh" if kind == "gelu_tanh" else "none")
     error = (out.double() - truth).abs()
     assert bool((error <= 2.0**-11 * 1.01 * truth.abs() + 4e-7).all())
+
+
+def attention_reference(qkv, bias, d_out, scale, lengths):
+    """out, d_qkv, d_bias in the tensors' dtype, one sequence after the other; a row without keys gives zeros."""
+    qkv = qkv.clone().requires_grad_()
+    bias = None if bias is None else bias.clone().requires_grad_()
+    outs, start = [], 0
+    for index, length in enumerate(lengths):
+        q, k, v = qkv[start : start + length].permute(1, 2, 0, 3)  # each [H, L, E]
+        logits = (q @ k.transpose(-1, -2)) * scale
+        if bias is not None:
+            logits = logits + bias[index % bias.shape[0], :, :length, :length].to(logits.dtype)
+        empty = (logits == float("-inf")).all(-1, keepdim=True)
+        weights = torch.where(empty, 0, torch.where(empty, 0, logits).softmax(-1))
+        outs.append((weights @ v).transpose(0, 1))
+        start += length
+    out = torch.cat(outs)
+    out.backward(d_out)
+    return {"out": out.detach(), "d_qkv": qkv.grad, **({} if bias is None else {"d_bias": bias.grad})}
+
+
+def run_attention(qkv, bias, d_out, scale, lengths, packed=False, bias_gradient=True):
+    T, _, H, E = qkv.shape
+    offsets = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    cu_seqlens = torch.tensor(offsets, dtype=torch.int32, device=DEVICE) if packed else None
+    where = (cu_seqlens, max(lengths))
+    seqlen = 0 if packed else lengths[0]
+    out, lse, d_qkv = poisoned(T, H, E, dtype=qkv.dtype), poisoned(H, T), poisoned(*qkv.shape, dtype=qkv.dtype)
+    d_bias = poisoned(*bias.shape) if bias is not None and bias_gradient else None
+    attention.attention_forward(qkv, scale, bias, *where, out, lse, seqlen)
+    attention_backward.attention_backward(d_out, qkv, out, lse, scale, bias, *where, d_qkv, d_bias, seqlen)
+    return {"out": out, "d_qkv": d_qkv, **({} if d_bias is None else {"d_bias": d_bias})}
+
+
+def check_attention(qkv, bias, d_out, scale, lengths, packed=False):
+    got = run_attention(qkv, bias, d_out, scale, lengths, packed)
+    plain = attention_reference(qkv, bias, d_out, scale, lengths)
+    exact = [None if t is None else t.double() for t in (qkv, bias, d_out)]
+    truth = attention_reference(*exact, scale, lengths)
+    for name, value in got.items():
+        check(name, value, plain[name], truth[name])
+    return got
+
+
+# Every length of the specification, each with another head dim; a few rows of H and B, as the interpreter is slow.
+ATTENTION_SHAPES = [
+    # B, L, H, E
+    (2, 1, 2, 16),
+    (2, 2, 1, 72),
+    (1, 15, 2, 80),
+    (2, 16, 2, 32),
+    (1, 17, 2, 88),
+    (1, 50, 2, 64),
+    (1, 64, 1, 128),
+    (1, 65, 1, 64),
+    (1, 65, 1, 96),
+    (1, 33, 1, 256),
+    (1, 197, 1, 64),
+    *(
+        pytest.param(*shape, marks=pytest.mark.slow)
+        for shape in ((1, 196, 2, 64), (1, 197, 1, 72), (2, 257, 1, 80), (1, 577, 1, 64), (1, 320, 1, 192))
+    ),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("B", "L", "H", "E"), ATTENTION_SHAPES)
+def test_attention(B, L, H, E, dtype):
+    qkv, d_out = rand(B * L, 3, H, E, dtype=dtype), rand(B * L, H, E, dtype=dtype, seed=1)
+    got = check_attention(qkv, None, d_out, E**-0.5, [L] * B)
+    again = run_attention(qkv, None, d_out, E**-0.5, [L] * B)
+    assert all(torch.equal(got[name], again[name]) for name in got)
+
+
+FORCED = {  # each kernel with one, two and three chunks, and looped with and without a tail, in every dtype
+    "one_pass_1": ({"chunks": (64, 0, 0), "queries": 16, "keys": 0}, {"chunks": (64, 0, 0), "own": 0, "step": 16}),
+    "one_pass_2": ({"chunks": (32, 16, 0), "queries": 32, "keys": 0}, {"chunks": (32, 16, 0), "own": 0, "step": 32}),
+    "one_pass_3": ({"chunks": (16, 16, 16), "queries": 64, "keys": 0}, {"chunks": (16, 16, 16), "own": 0, "step": 64}),
+    "looped": ({"chunks": (), "queries": 16, "keys": 32}, {"chunks": (), "own": 32, "step": 16}),
+    "looped_whole": ({"chunks": (), "queries": 32, "keys": 16}, {"chunks": (), "own": 16, "step": 16}),
+}
+
+
+@pytest.mark.parametrize(("dtype", "E"), [(torch.float32, 24), (HALF, 80)], ids=str)
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("path", FORCED)
+def test_attention_kernels(path, packed, E, dtype, monkeypatch):
+    forward, backward = FORCED[path]
+    monkeypatch.setattr(
+        attention, "attention_forward_config", lambda *_: configs.AttentionConfig(**forward, warps=4, stages=1)
+    )
+    monkeypatch.setattr(
+        attention_backward,
+        "attention_backward_config",
+        lambda *_: configs.AttentionBackwardConfig(**backward, warps=4, stages=1),
+    )
+    length = 48 if path == "looped_whole" else 43
+    lengths = [3, 0, length, 1] if packed else [length, length]
+    H, T = 1, sum(lengths)
+    qkv, d_out = rand(T, 3, H, E, dtype=dtype), rand(T, H, E, dtype=dtype, seed=1)
+    bias = rand(1, H, length, length, seed=2)
+    check_attention(qkv, bias, d_out, 0.3, lengths, packed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias_dtype", ["own", "float32"])
+@pytest.mark.parametrize(("Bb", "Hb"), [(1, 1), (1, 2), (3, 1), (3, 2)])
+def test_attention_bias_gradient(Bb, Hb, bias_dtype, dtype):
+    B, L, H, E = 3, 17, 2, 16
+    qkv, d_out = rand(B * L, 3, H, E, dtype=dtype), rand(B * L, H, E, dtype=dtype, seed=1)
+    bias = rand(Bb, Hb, L, L, dtype=dtype if bias_dtype == "own" else torch.float32, seed=2)
+    got = check_attention(qkv, bias, d_out, E**-0.5, [L] * B)
+    without = run_attention(qkv, bias, d_out, E**-0.5, [L] * B, bias_gradient=False)
+    assert torch.equal(got["d_qkv"], without["d_qkv"])
+
+
+@pytest.mark.parametrize(("L", "dtype"), [(20, torch.float32), (20, HALF), (65, torch.float32), (130, HALF)], ids=str)
+def test_attention_masked(L, dtype):
+    """-inf entries, whole rows of them, and a whole column: no NaN, zeros where there is no key."""
+    B, H, E = 1, 2, 32
+    qkv, d_out = rand(B * L, 3, H, E, dtype=dtype), rand(B * L, H, E, dtype=dtype, seed=1)
+    bias = rand(1, H, L, L, seed=2)
+    bias[0, :, :, 3] = float("-inf")
+    bias[0, 0, 5:18] = float("-inf")
+    bias[0, 1, 1, 1:] = float("-inf")
+    got = check_attention(qkv, bias, d_out, E**-0.5, [L] * B)
+    assert not got["out"][5:18, 0].any()
+    assert not got["d_qkv"][5:18, 0, 0].any()
+    assert not got["d_bias"][torch.isinf(bias)].any()
+
+
+@pytest.mark.parametrize(("L", "dtype"), [(64, torch.float32), (64, HALF), (192, HALF), (193, HALF)], ids=str)
+def test_attention_large_negative_logits(L, dtype):
+    """Logits near -1000 and lengths that leave a remainder of 64: pytorch #196678 has NaN gradients there."""
+    E = 64
+    qkv, d_out = rand(L, 3, 1, E, dtype=dtype), rand(L, 1, E, dtype=dtype, seed=1)
+    qkv[:, 0] += 10
+    qkv[:, 1] -= 12.5
+    got = run_attention(qkv, None, d_out, E**-0.5, [L])
+    assert torch.isfinite(got["out"]).all()
+    assert torch.isfinite(got["d_qkv"]).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_equal_logits(dtype):
+    """Zero queries weigh all keys alike: out is the mean of v, and dK is zero."""
+    L, E = 37, 16
+    qkv, d_out = rand(L, 3, 1, E, dtype=dtype), rand(L, 1, E, dtype=dtype, seed=1)
+    qkv[:, 0] = 0
+    got = check_attention(qkv, None, d_out, 1.0, [L])
+    assert not got["d_qkv"][:, 1].any()
+
+
+def test_attention_empty():
+    none = poisoned(0, 3, 2, 16)
+    out, lse = poisoned(0, 2, 16), poisoned(2, 0)
+    bias, d_bias = rand(1, 1, 8, 8), poisoned(1, 1, 8, 8)
+    attention.attention_forward(none, 1.0, bias, None, 0, out, lse, 8)
+    attention_backward.attention_backward(out, none, out, lse, 1.0, bias, None, 0, none, d_bias, 8)
+    assert not d_bias.any()
+
+
+def patch_reference(images, weight, bias, pos_embed, prefix, scale, shift, d_tokens):
+    """tokens and gradients in the weight's dtype; the image's in fp32."""
+    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in (images, weight)]
+    pixels, weight = leaves
+    shaped = [t[None, :, None, None] for t in (scale, shift)]
+    P = weight.shape[-1]
+    projected = F.conv2d((pixels * shaped[0] + shaped[1]).to(weight.dtype), weight, stride=P)
+    value = projected.flatten(2).transpose(1, 2)
+    if bias is not None:
+        value = value + bias.to(value.dtype)
+    if pos_embed is not None and pos_embed.shape[0] == value.shape[1]:
+        value = value + pos_embed.to(value.dtype)
+    if prefix is not None:
+        value = torch.cat([prefix.to(value.dtype).expand(len(value), -1, -1), value], 1)
+    if pos_embed is not None and pos_embed.shape[0] == value.shape[1] and prefix is not None:
+        value = value + pos_embed.to(value.dtype)
+    value.backward(d_tokens.to(value.dtype))
+    return {"tokens": value.detach(), "d_weight": weight.grad, "d_images": pixels.grad}
+
+
+PATCH_CASES = [
+    # pixels, C, P, size, D, R, position ("", "patches", "all"), memory
+    ("uint8", 3, 16, (32, 48), 48, 1, "all", "NCHW"),
+    ("uint8", 3, 14, (28, 42), 24, 5, "patches", "NHWC"),
+    ("float", 1, 4, (16, 20), 72, 0, "patches", "NCHW"),
+    ("float", 4, 7, (22, 15), 33, 2, "", "NHWC"),
+    ("float", 2, 32, (32, 64), 16, 1, "", "sliced"),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("pixels", "C", "P", "size", "D", "R", "position", "memory"), PATCH_CASES)
+def test_patch_embed(pixels, C, P, size, D, R, position, memory, dtype):
+    B = 2
+    images = rand(B, C, *size)
+    if pixels == "uint8":
+        images = (images * 64 + 128).clamp(0, 255).to(torch.uint8)
+    if memory == "NHWC":
+        images = images.to(memory_format=torch.channels_last)
+    if memory == "sliced":
+        images = torch.cat([images, images], 3)[:, :, :, : size[1]]
+    N, K = (size[0] // P) * (size[1] // P), C * P * P
+    weight, bias = rand(D, C, P, P, dtype=dtype, spread=K**-0.5, seed=1), None if R == 2 else rand(D, seed=2)
+    pos_embed = {"": None, "patches": rand(N, D, seed=3), "all": rand(R + N, D, seed=3)}[position]
+    prefix = rand(R, D, seed=4) if R else None
+    spread = torch.linspace(0.9, 1.1, C, device=DEVICE)
+    scale, shift = (spread / 64, -2 * spread) if pixels == "uint8" else (spread, spread / 3)
+    d_tokens = rand(B, R + N, D, dtype=dtype, seed=5)
+
+    tokens, d_weight = poisoned(B, R + N, D, dtype=dtype), poisoned(D, C, P, P)
+    d_images = poisoned(B, C, *size)
+    patch_embed.patch_embed_forward(images, weight, bias, pos_embed, prefix, scale, shift, tokens)
+    patch_embed.patch_embed_weight_gradient(images, d_tokens, scale, shift, dtype, d_weight)
+    patch_embed.patch_embed_image_gradient(d_tokens, weight, scale, d_images)
+
+    others = (weight, bias, pos_embed, prefix, scale, shift, d_tokens)
+    plain = patch_reference(images.float(), *others)
+    truth = patch_reference(images.double(), *(None if t is None else t.double() for t in others))
+    for name, got in {"tokens": tokens, "d_weight": d_weight, "d_images": d_images}.items():
+        check(name, got, plain[name], truth[name])
+
+    rows = poisoned(B * N, K, dtype=dtype)
+    patchify.patchify(images, P, scale, shift, rows)
+    again, back = poisoned(B, R + N, D, dtype=dtype), poisoned(B, C, *size)
+    patchify.assemble_tokens(rows @ weight.flatten(1).T, bias, pos_embed, prefix, again)
+    patchify.unpatchify(d_tokens[:, R:].reshape(B * N, D) @ weight.flatten(1), P, scale, back)
+    check("assembled", again, plain["tokens"], truth["tokens"])
+    check("unpatchified", back, plain["d_images"], truth["d_images"])
+
+
+def test_patch_embed_empty_batch():
+    images, weight = poisoned(0, 3, 8, 8), rand(16, 3, 4, 4)
+    ones, tokens, d_weight = torch.ones(3, device=DEVICE), poisoned(0, 4, 16), poisoned(16, 3, 4, 4)
+    patch_embed.patch_embed_forward(images, weight, None, None, None, ones, ones, tokens)
+    patch_embed.patch_embed_weight_gradient(images, tokens, ones, ones, torch.float32, d_weight)
+    patch_embed.patch_embed_image_gradient(tokens, weight, ones, images)
+    assert not d_weight.any()
+
+
+@pytest.mark.parametrize("kind", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("T", "K", "N"), [(1, 8, 24), (70, 40, 130), (33, 64, 64)])
+def test_mlp(T, K, N, dtype, kind):
+    """fc1 with GELU, fc2 with LayerScale, DropPath and residual, and the hidden layer's gradient."""
+    x, d_out = rand(T, K, dtype=dtype), rand(T, K, dtype=dtype, seed=1)
+    w1, w2 = rand(N, K, dtype=dtype, spread=K**-0.5, seed=2), rand(K, N, dtype=dtype, spread=N**-0.5, seed=3)
+    b1, b2 = rand(N, seed=4), rand(K, seed=5)
+    scale, drop_path = rand(K, seed=6), torch.linspace(0.5, 2.0, 1 if T % 2 else 2, device=DEVICE)
+    residual = rand(T, K, seed=7)
+    h, act, d_h, act_again = (poisoned(T, N, dtype=dtype) for _ in range(4))
+    total, alone, d_b1 = poisoned(T, K), poisoned(T, K, dtype=dtype), poisoned(N)
+    mlp.linear_activation_forward(x, w1, b1, kind, h, act)
+    mlp.linear_forward(act, w2, None, alone)
+    mlp.linear_residual_forward(act, w2, b2, residual, scale, drop_path, total)
+    mlp.linear_activation_backward(d_out, w2, h, kind, d_h, act_again, d_b1)
+    assert torch.equal(act, act_again)
+    unfused = poisoned(T, N, dtype=dtype)
+    activation.activation_forward(h, kind, unfused)
+    assert torch.equal(act, unfused)
+
+    def reference(x, w1, b1, w2, b2, scale, drop_path, residual, d_out):
+        hidden = F.linear(x, w1, b1.to(x.dtype))
+        hidden.requires_grad_()
+        activated = F.gelu(hidden, approximate="tanh" if kind == "gelu_tanh" else "none")
+        product = F.linear(activated, w2)
+        product.backward(d_out)
+        gain = scale * drop_path.repeat_interleave(T // len(drop_path))[:, None]
+        total = residual + gain * (product + b2.to(x.dtype)).to(residual.dtype)
+        found = {"h": hidden, "act": activated, "alone": product, "total": total, "d_h": hidden.grad}
+        return {name: value.detach() for name, value in (found | {"d_b1": hidden.grad.sum(0)}).items()}
+
+    plain, truth = both(reference, x, w1, b1, w2, b2, scale, drop_path, residual, d_out)
+    found = {"h": h, "act": act, "alone": alone, "total": total, "d_h": d_h, "d_b1": d_b1}
+    for name, got in found.items():
+        check(name, got, plain[name], truth[name])
+
+
+def test_mlp_empty_batch():
+    none, weight, d_bias = poisoned(0, 16), rand(16, 16), poisoned(16)
+    mlp.linear_forward(none, weight, None, none)
+    mlp.linear_activation_backward(none, weight, none, "gelu", none, None, d_bias)
+    assert not d_bias.any()
