@@ -13,13 +13,13 @@ def resnet18(num_classes: int, in_chans: int = 3, *, weights: str | None = None)
 
     ``weights`` names torchvision weights for the trunk (3 channels only), e.g. "IMAGENET1K_V1"; None starts at random.
     """
+    if weights is not None and in_chans != 3:
+        raise ValueError(f"weights={weights!r} takes 3 channels, got in_chans={in_chans}")
     import torchvision  # here, because it takes longer to import than the rest of the package
 
     model = torchvision.models.resnet18(weights=weights)
     model.fc = nn.Linear(model.fc.in_features, num_classes)
     if in_chans != 3:
-        if weights is not None:
-            raise ValueError(f"weights={weights!r} takes 3 channels, got in_chans={in_chans}")
         model.conv1 = nn.Conv2d(in_chans, 64, kernel_size=7, stride=2, padding=3, bias=False)
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     return model
