@@ -4,6 +4,7 @@
 // kernel misses a barrier or two blocks write one element.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstddef>
@@ -40,8 +41,11 @@ struct Barrier {
     unsigned generation = 0;
 };
 
+// A coroutine: entered the first time through makecontext, later through longjmp, which makes no system call.
 struct Thread {
     ucontext_t context;
+    jmp_buf resume;
+    bool started = false;
     std::unique_ptr<char[]> stack{new char[kStackBytes]};
     const Barrier* waits_for = nullptr;
     unsigned generation = 0;
@@ -61,7 +65,8 @@ struct Block {
     std::vector<Warp> warps;
     std::map<int, Barrier> barriers;
     std::function<void()> kernel;
-    ucontext_t scheduler;
+    ucontext_t first_entry;
+    jmp_buf scheduler;
     unsigned current = 0;
     std::string error;
 };
@@ -81,30 +86,40 @@ inline void wait(Barrier& barrier, unsigned expected) {
     }
     thread.waits_for = &barrier;
     thread.generation = barrier.generation;
-    swapcontext(&thread.context, &block.scheduler);
+    if (_setjmp(thread.resume) == 0) _longjmp(block.scheduler, 1);
 }
 
+// A coroutine outlives its block: making one costs a system call, and a launch may have a hundred thousand threads.
 inline void thread_main() {
-    block.kernel();
-    block.threads[block.current].done = true;
-    swapcontext(&block.threads[block.current].context, &block.scheduler);
+    for (;;) {
+        block.kernel();
+        Thread& thread = block.threads[block.current];
+        thread.done = true;
+        if (_setjmp(thread.resume) == 0) _longjmp(block.scheduler, 1);
+    }
+}
+
+// Runs the current thread until it waits or ends.
+inline void resume(Thread& thread) {
+    if (_setjmp(block.scheduler) != 0) return;
+    if (thread.started) _longjmp(thread.resume, 1);
+    thread.started = true;
+    getcontext(&thread.context);
+    thread.context.uc_stack.ss_sp = thread.stack.get();
+    thread.context.uc_stack.ss_size = kStackBytes;
+    makecontext(&thread.context, thread_main, 0);
+    swapcontext(&block.first_entry, &thread.context);
 }
 
 inline void run_block(unsigned count, bool reverse) {
-    block.warps.assign((count + kWarp - 1) / kWarp, Warp());
+    block.warps.assign(count / kWarp, Warp());
     block.barriers.clear();
     block.error.clear();
-    if (block.threads.size() < count) block.threads.resize(count);
+    if (block.threads.size() < count) block.threads = std::vector<Thread>(count);
     for (unsigned i = 0; i < count; ++i) {
-        Thread& thread = block.threads[i];
-        getcontext(&thread.context);
-        thread.context.uc_stack.ss_sp = thread.stack.get();
-        thread.context.uc_stack.ss_size = kStackBytes;
-        thread.context.uc_link = nullptr;
-        thread.waits_for = nullptr;
-        thread.done = false;
-        thread.shuffles = 0;
-        makecontext(&thread.context, thread_main, 0);
+        block.threads[i].waits_for = nullptr;
+        block.threads[i].done = false;
+        block.threads[i].shuffles = 0;
     }
     unsigned left = count;
     while (left > 0) {
@@ -115,11 +130,15 @@ inline void run_block(unsigned count, bool reverse) {
             if (!thread.can_run()) continue;
             progress = true;
             threadIdx.x = block.current;
-            swapcontext(&block.scheduler, &thread.context);
+            resume(thread);
             left -= thread.done;
         }
         if (!progress) block.error = "a barrier or shuffle that not all its threads reach";
-        if (!block.error.empty()) throw std::runtime_error(block.error);
+        if (!block.error.empty()) {
+            const std::string error = block.error;
+            block.threads.clear();  // they are stuck in the middle of a kernel
+            throw std::runtime_error(error);
+        }
     }
 }
 
@@ -134,7 +153,8 @@ struct Launcher {
     void operator()(const char* name, void (*kernel)(Params...), dim3 grid, dim3 threads,
                     const Arguments&... arguments) {
         const bool bad_grid = grid.x == 0 || grid.x > 0x7fffffffu || grid.y == 0 || grid.y > 65535 || grid.z != 1;
-        const bool bad_block = threads.x == 0 || threads.x > 1024 || threads.y != 1 || threads.z != 1;
+        const bool bad_block =
+            threads.x == 0 || threads.x > 1024 || threads.x % kWarp != 0 || threads.y != 1 || threads.z != 1;
         if (bad_grid || bad_block)
             throw std::runtime_error(std::string("launch of ") + name + " is out of CUDA's limits");
         gridDim = grid;
