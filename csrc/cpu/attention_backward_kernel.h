@@ -1,11 +1,9 @@
 // Attention backward for one (sequence, head). Included by for_each_isa.h.
 // Per block of queries: S = Q K^T and dP = dO V^T again, P = exp(S - lse), dS = P * (dP - delta) with
 // delta = rowsum(dO * O); then dQ = dS K, dK += dS^T Q, dV += P^T dO (Dao et al., FlashAttention, 2022, algorithm 4).
-#include "vec_math.h"
-
-#include "gemm.h"
-
 #include "attention_rows.h"
+#include "gemm.h"
+#include "vec_math.h"
 
 template <class Y>
 struct BackwardWorkspace {
@@ -98,7 +96,8 @@ VITFAST_INLINE float dot_rows(const Y* a, const Y* b, int64_t width) {
 
 // to[rows, width] (row_stride elements apart) = from[rows][pitch] * factor
 template <class Y>
-void write_rows(const float* from, int64_t pitch, float factor, Y* to, int64_t row_stride, int64_t rows, int64_t width) {
+void write_rows(const float* from, int64_t pitch, float factor, Y* to, int64_t row_stride, int64_t rows,
+                int64_t width) {
     for (int64_t r = 0; r < rows; ++r) {
         for (int64_t e = 0; e < width; e += kLanes) {
             store(to + r * row_stride + e, load(from + r * pitch + e) * factor, width - e);

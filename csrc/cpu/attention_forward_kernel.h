@@ -1,10 +1,8 @@
 // Attention forward for a block of queries of one (sequence, head). Included by for_each_isa.h.
 // All logits of a query row are kept (an exact softmax in two passes); K and V of the head are packed once.
-#include "vec_math.h"
-
-#include "gemm.h"
-
 #include "attention_rows.h"
+#include "gemm.h"
+#include "vec_math.h"
 
 template <class Y>
 struct ForwardWorkspace {
@@ -82,8 +80,7 @@ void attention_block(const AttentionForward<Y>& a, const HeadOfSequence& item, i
     float* const lse = a.lse + item.head * a.rows + item.start + begin;
     for (int64_t i = 0; i < count; ++i) {
         float* const row = w.logits + i * columns;
-        const float unit =
-            finish_logits(row, a.bias, bias_start + (begin + i) * a.bias.length, a.scale, item.length);
+        const float unit = finish_logits(row, a.bias, bias_start + (begin + i) * a.bias.length, a.scale, item.length);
         if constexpr (kPairs) {
             w.sums[i] = softmax_row(row, unit, columns, reinterpret_cast<bf16*>(w.weights) + i * columns, lse + i);
         } else {
