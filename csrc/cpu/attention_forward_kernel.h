@@ -24,19 +24,19 @@ struct ForwardWorkspace {
     }
 };
 
-// Softmax of one row of logits without the division: weights[j] = exp(logit - largest), returns their sum.
-// weights may be the row itself. A row whose every key is masked (-inf) gets weights 0.
+// Softmax of one row of logits without the division: weights[j] = exp(unit * (row[j] - largest)); returns their sum.
+// weights may be the row itself. A row whose every key is masked (-inf) gets weights 0 and *largest -inf.
 template <class W>
-VITFAST_INLINE float softmax_row(const float* row, float unit, int64_t columns, W* weights, float* lse) {
-    Vec largest = broadcast(-std::numeric_limits<float>::infinity());
-    for (int64_t j = 0; j < columns; j += kLanes) largest = max(largest, load(row + j));
-    float top = reduce_max(largest);
-    if (top == -std::numeric_limits<float>::infinity()) {
+VITFAST_INLINE float softmax_row(const float* row, float unit, int64_t columns, W* weights, float* largest) {
+    Vec tops = broadcast(-std::numeric_limits<float>::infinity());
+    for (int64_t j = 0; j < columns; j += kLanes) tops = max(tops, load(row + j));
+    float top = reduce_max(tops);
+    *largest = top;
+    if (__builtin_expect(top == -std::numeric_limits<float>::infinity(), 0)) {
         Vec total = {};
         for (int64_t j = 0; j < columns; j += kLanes) total += load(row + j);
         if (reduce_add(total) == top) {
             for (int64_t j = 0; j < columns; j += kLanes) store(weights + j, Vec{});
-            *lse = top;
             return 0.0f;
         }
         top = std::numeric_limits<float>::quiet_NaN();  // a NaN among the -inf
@@ -48,9 +48,7 @@ VITFAST_INLINE float softmax_row(const float* row, float unit, int64_t columns, 
         sum += weight;
         store(weights + j, weight);
     }
-    const float total = reduce_add(sum);
-    *lse = top * unit + std::log(total);
-    return total;
+    return reduce_add(sum);
 }
 
 template <class Y>
@@ -81,12 +79,16 @@ void attention_block(const AttentionForward<Y>& a, const HeadOfSequence& item, i
     for (int64_t i = 0; i < count; ++i) {
         float* const row = w.logits + i * columns;
         const float unit = finish_logits(row, a.bias, bias_start + (begin + i) * a.bias.length, a.scale, item.length);
+        float largest;
         if constexpr (kPairs) {
-            w.sums[i] = softmax_row(row, unit, columns, reinterpret_cast<bf16*>(w.weights) + i * columns, lse + i);
+            w.sums[i] = softmax_row(row, unit, columns, reinterpret_cast<bf16*>(w.weights) + i * columns, &largest);
         } else {
-            w.sums[i] = softmax_row(row, unit, columns, row, lse + i);
+            w.sums[i] = softmax_row(row, unit, columns, row, &largest);
         }
+        lse[i] = largest * unit;
     }
+    for (int64_t i = 0; i < count; ++i)
+        lse[i] += std::log(w.sums[i]);  // apart: a call in the loop above costs registers
 
     const int64_t weight_pitch = kPairs ? columns / 2 : columns;
     multiply<kPairs>({w.weights, weight_pitch, 1}, w.values, count, width, words_for<kPairs>(item.length), w.out, width,

@@ -132,8 +132,6 @@ constexpr int64_t words_for(int64_t count) {
     return kPairs ? (count + 1) / 2 : count;
 }
 
-constexpr int64_t round_to_lanes(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
-
 // Rows of one head lie far apart in the packed qkv: their cache lines are asked for some rows ahead.
 template <class T>
 VITFAST_INLINE void prefetch_row(const T* row, int64_t width) {
@@ -217,8 +215,8 @@ void transposed_panel(const T* x, int64_t row_stride, int64_t rows, int64_t widt
 
 // Two rows of fp32 vectors as one vector of bf16 pairs (first: low half).
 VITFAST_INLINE Vec pair_words(Vec first, Vec second) {
-    const UVec low = __builtin_convertvector(to_bf16_bits(first), UVec);
-    const UVec high = __builtin_convertvector(to_bf16_bits(second), UVec);
+    const UVec low = widen(to_bf16_bits(first));
+    const UVec high = widen(to_bf16_bits(second));
     return (Vec)(low | (high << 16));
 }
 
