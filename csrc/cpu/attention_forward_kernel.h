@@ -68,11 +68,11 @@ void attention_block(const AttentionForward<Y>& a, const HeadOfSequence& item, i
     const int64_t stride = 3 * a.heads * a.head_dim, pitch = words_for<kPairs>(a.head_dim);
     const int64_t columns = round_to_lanes(item.length), width = round_to_lanes(a.head_dim);
     const Y* const q = a.qkv + (item.start + begin) * stride + item.head * a.head_dim;
-    pack_rows<kPairs>(q, stride, count, a.head_dim, w.queries);
-    for (int64_t i = begin + count; i < std::min(item.length, begin + 2 * count); ++i) {
-        prefetch_row(q + (i - begin) * stride, a.head_dim);
+    const Operand queries = row_operand<kPairs>(q, stride, count, a.head_dim, w.queries);
+    for (int64_t i = count; i < std::min(item.length - begin, 2 * count); ++i) {
+        prefetch_row(q + i * stride, a.head_dim);  // the next block's
     }
-    multiply<kPairs>({w.queries, pitch, 1}, w.keys, count, columns, pitch, w.logits, columns, false);
+    multiply<kPairs>(queries, w.keys, count, columns, pitch, w.logits, columns, false);
 
     const int64_t bias_start = a.bias.slice(item.sequence, item.head) * a.bias.length * a.bias.length;
     float* const lse = a.lse + item.head * a.rows + item.start + begin;
@@ -90,14 +90,16 @@ void attention_block(const AttentionForward<Y>& a, const HeadOfSequence& item, i
     for (int64_t i = 0; i < count; ++i)
         lse[i] += std::log(w.sums[i]);  // apart: a call in the loop above costs registers
 
+    Y* const out = a.out + ((item.start + begin) * a.heads + item.head) * a.head_dim;
+    const int64_t out_stride = a.heads * a.head_dim;
+    for (int64_t i = 0; i < count; ++i) prefetch_row_to_write(out + i * out_stride, a.head_dim);
     const int64_t weight_pitch = kPairs ? columns / 2 : columns;
     multiply<kPairs>({w.weights, weight_pitch, 1}, w.values, count, width, words_for<kPairs>(item.length), w.out, width,
                      false);
     for (int64_t i = 0; i < count; ++i) {
-        Y* const out = a.out + ((item.start + begin + i) * a.heads + item.head) * a.head_dim;
         const float normaliser = w.sums[i] == 0.0f ? 0.0f : 1.0f / w.sums[i];
         for (int64_t e = 0; e < a.head_dim; e += kLanes) {
-            store(out + e, load(w.out + i * width + e) * normaliser, a.head_dim - e);
+            store(out + i * out_stride + e, load(w.out + i * width + e) * normaliser, a.head_dim - e);
         }
     }
 }

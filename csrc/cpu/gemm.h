@@ -138,6 +138,11 @@ VITFAST_INLINE void prefetch_row(const T* row, int64_t width) {
     for (int64_t i = 0; i < width; i += 64 / sizeof(T)) __builtin_prefetch(row + i);
 }
 
+template <class T>
+VITFAST_INLINE void prefetch_row_to_write(const T* row, int64_t width) {
+    for (int64_t i = 0; i < width; i += 64 / sizeof(T)) __builtin_prefetch(row + i, 1);
+}
+
 constexpr int64_t kPrefetchRows = 12;
 
 // kLanes words of a row that has n more numbers; 0 past its end.
@@ -170,6 +175,18 @@ void pack_rows(const T* x, int64_t row_stride, int64_t rows, int64_t width, uint
                 store(to + i, load(x + r * row_stride + i, width - i), width - i);
         }
     }
+}
+
+// x[rows, width] as the left operand of a product: in place where its numbers are words already, else packed.
+template <bool kPairs, class T>
+Operand row_operand(const T* x, int64_t row_stride, int64_t rows, int64_t width, uint32_t* scratch) {
+    if constexpr (std::is_same_v<T, float>) {
+        return {reinterpret_cast<const uint32_t*>(x), row_stride, 1};
+    } else if (kPairs && width % 2 == 0 && row_stride % 2 == 0 && reinterpret_cast<uintptr_t>(x) % 4 == 0) {
+        return {reinterpret_cast<const uint32_t*>(x), row_stride / 2, 1};
+    }
+    pack_rows<kPairs>(x, row_stride, rows, width, scratch);
+    return {scratch, words_for<kPairs>(width), 1};
 }
 
 // Transposes a kLanes x kLanes block in registers: log2(kLanes) rounds of interleaving row i with row i + kLanes / 2.
