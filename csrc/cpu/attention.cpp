@@ -20,8 +20,8 @@ AttentionShape check_attention(const Tensor& qkv, const OptionalTensor& bias, co
     if (sequences < 0) fail("cu_seqlens is empty; it needs the number of sequences plus 1 elements");
     const int32_t* const starts = data<int32_t>(cu_seqlens);
     if (starts[0] != 0 || starts[sequences] != shape.rows) {
-        fail("cu_seqlens runs from ", starts[0], " to ", starts[sequences], "; it must run from 0 to qkv's ", shape.rows,
-             " rows");
+        fail("cu_seqlens runs from ", starts[0], " to ", starts[sequences], "; it must run from 0 to qkv's ",
+             shape.rows, " rows");
     }
     for (int64_t s = 0; s < sequences; ++s) {
         const int64_t length = starts[s + 1] - starts[s];
@@ -77,8 +77,7 @@ void run_forward(const AttentionForward<Y>& args, const AttentionShape& shape) {
             if (begin >= end) continue;
             const bool pack = packed != i / parts;
             packed = i / parts;
-            VITFAST_DISPATCH(
-                attention_forward_queries(args, item, begin, end, block, shape.max_seqlen, pack, scratch));
+            VITFAST_DISPATCH(attention_forward_queries(args, item, begin, end, block, shape.max_seqlen, pack, scratch));
         }
     });
 }

@@ -105,11 +105,10 @@ void attention_backward(Tensor d_out, Tensor qkv, Tensor out, Tensor lse, double
     }
     const auto run = [&](auto type) {
         using Y = decltype(type);
-        run_backward(
-            AttentionBackward<Y>{data<Y>(d_out), data<Y>(qkv), data<Y>(out), data<float>(lse), bias_of(bias),
-                                 mutable_data<Y>(d_qkv), static_cast<float>(scale), shape.rows, shape.heads,
-                                 shape.head_dim},
-            shape, mutable_data<float>(d_bias));
+        run_backward(AttentionBackward<Y>{data<Y>(d_out), data<Y>(qkv), data<Y>(out), data<float>(lse), bias_of(bias),
+                                          mutable_data<Y>(d_qkv), static_cast<float>(scale), shape.rows, shape.heads,
+                                          shape.head_dim},
+                     shape, mutable_data<float>(d_bias));
     };
     if (dtype == ScalarType::Float) {
         run(float{});

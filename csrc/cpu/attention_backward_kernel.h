@@ -1,11 +1,9 @@
 // Attention backward for one (sequence, head). Included by for_each_isa.h.
 // Per block of queries: S = Q K^T and dP = dO V^T again, P = exp(S - lse), dS = P * (dP - delta) with
 // delta = rowsum(dO * O); then dQ = dS K, dK += dS^T Q, dV += P^T dO (Dao et al., FlashAttention, 2022, algorithm 4).
-#include "vec_math.h"
-
-#include "gemm.h"
-
 #include "attention_rows.h"
+#include "gemm.h"
+#include "vec_math.h"
 
 template <class Y>
 struct BackwardWorkspace {
@@ -13,12 +11,11 @@ struct BackwardWorkspace {
     // Panels of the head: K^T and V^T (product over E), K (product over the keys); sums over the query blocks.
     uint32_t *keys_t, *values_t, *keys;
     float *d_keys, *d_values;
-    // Of a block of queries: Q and dO as left operands and as panels (fp32: the same memory); S becomes P, dP becomes
-    // dS; with kPairs both once more as bf16, paired along the queries, and dS paired along the keys.
+    // Of a block of queries: Q and dO as left operands and as panels; S becomes P, dP becomes dS; with kPairs both once
+    // more as bf16, paired along the queries, and dS paired along the keys.
     uint32_t *queries, *d_outs, *query_panel, *d_out_panel;
     float *logits, *d_weights, *d_queries;
     uint32_t *weight_pairs, *d_logit_pairs, *d_logit_rows;
-    int64_t operand_pitch;
 
     BackwardWorkspace(Scratch& scratch, int64_t block, int64_t length, int64_t head_dim) {
         scratch.reset();
@@ -31,20 +28,16 @@ struct BackwardWorkspace {
         d_values = scratch.take<float>(length * width);
         query_panel = scratch.take<uint32_t>(block_words * width);
         d_out_panel = scratch.take<uint32_t>(block_words * width);
+        queries = scratch.take<uint32_t>(block * words);
+        d_outs = scratch.take<uint32_t>(block * words);
         logits = scratch.take<float>(block * columns);
         d_weights = scratch.take<float>(block * columns);
         d_queries = scratch.take<float>(block * width);
         if constexpr (kPairs) {
-            operand_pitch = words;
-            queries = scratch.take<uint32_t>(block * words);
-            d_outs = scratch.take<uint32_t>(block * words);
             weight_pairs = scratch.take<uint32_t>(block_words * columns);
             d_logit_pairs = scratch.take<uint32_t>(block_words * columns);
             d_logit_rows = scratch.take<uint32_t>(block * columns / 2);
         } else {
-            operand_pitch = width;
-            queries = query_panel;
-            d_outs = d_out_panel;
             weight_pairs = reinterpret_cast<uint32_t*>(logits);
             d_logit_pairs = d_logit_rows = reinterpret_cast<uint32_t*>(d_weights);
         }
@@ -98,7 +91,8 @@ VITFAST_INLINE float dot_rows(const Y* a, const Y* b, int64_t width) {
 
 // to[rows, width] (row_stride elements apart) = from[rows][pitch] * factor
 template <class Y>
-void write_rows(const float* from, int64_t pitch, float factor, Y* to, int64_t row_stride, int64_t rows, int64_t width) {
+void write_rows(const float* from, int64_t pitch, float factor, Y* to, int64_t row_stride, int64_t rows,
+                int64_t width) {
     for (int64_t r = 0; r < rows; ++r) {
         for (int64_t e = 0; e < width; e += kLanes) {
             store(to + r * row_stride + e, load(from + r * pitch + e) * factor, width - e);
@@ -120,12 +114,10 @@ void backward_block(const AttentionBackward<Y>& a, const HeadOfSequence& item, i
     const Y* const out = a.out + start * out_stride + item.head * head_dim;
     row_panel<kPairs>(q, stride, count, head_dim, w.query_panel);
     row_panel<kPairs>(d_out, out_stride, count, head_dim, w.d_out_panel);
-    if constexpr (kPairs) {
-        pack_rows<kPairs>(q, stride, count, head_dim, w.queries);
-        pack_rows<kPairs>(d_out, out_stride, count, head_dim, w.d_outs);
-    }
-    multiply<kPairs>({w.queries, w.operand_pitch, 1}, w.keys_t, count, columns, words, w.logits, columns, false);
-    multiply<kPairs>({w.d_outs, w.operand_pitch, 1}, w.values_t, count, columns, words, w.d_weights, columns, false);
+    const Operand queries = row_operand<kPairs>(q, stride, count, head_dim, w.queries);
+    const Operand d_outs = row_operand<kPairs>(d_out, out_stride, count, head_dim, w.d_outs);
+    multiply<kPairs>(queries, w.keys_t, count, columns, words, w.logits, columns, false);
+    multiply<kPairs>(d_outs, w.values_t, count, columns, words, w.d_weights, columns, false);
 
     const int64_t bias_start = a.bias.slice(item.sequence, item.head) * a.bias.length * a.bias.length;
     for (int64_t i = 0; i < count; ++i) {

@@ -1,10 +1,8 @@
 // Attention forward for a block of queries of one (sequence, head). Included by for_each_isa.h.
 // All logits of a query row are kept (an exact softmax in two passes); K and V of the head are packed once.
-#include "vec_math.h"
-
-#include "gemm.h"
-
 #include "attention_rows.h"
+#include "gemm.h"
+#include "vec_math.h"
 
 template <class Y>
 struct ForwardWorkspace {
@@ -26,19 +24,19 @@ struct ForwardWorkspace {
     }
 };
 
-// Softmax of one row of logits without the division: weights[j] = exp(logit - largest), returns their sum.
-// weights may be the row itself. A row whose every key is masked (-inf) gets weights 0.
+// Softmax of one row of logits without the division: weights[j] = exp(unit * (row[j] - largest)); returns their sum.
+// weights may be the row itself. A row whose every key is masked (-inf) gets weights 0 and *largest -inf.
 template <class W>
-VITFAST_INLINE float softmax_row(const float* row, float unit, int64_t columns, W* weights, float* lse) {
-    Vec largest = broadcast(-std::numeric_limits<float>::infinity());
-    for (int64_t j = 0; j < columns; j += kLanes) largest = max(largest, load(row + j));
-    float top = reduce_max(largest);
-    if (top == -std::numeric_limits<float>::infinity()) {
+VITFAST_INLINE float softmax_row(const float* row, float unit, int64_t columns, W* weights, float* largest) {
+    Vec tops = broadcast(-std::numeric_limits<float>::infinity());
+    for (int64_t j = 0; j < columns; j += kLanes) tops = max(tops, load(row + j));
+    float top = reduce_max(tops);
+    *largest = top;
+    if (__builtin_expect(top == -std::numeric_limits<float>::infinity(), 0)) {
         Vec total = {};
         for (int64_t j = 0; j < columns; j += kLanes) total += load(row + j);
         if (reduce_add(total) == top) {
             for (int64_t j = 0; j < columns; j += kLanes) store(weights + j, Vec{});
-            *lse = top;
             return 0.0f;
         }
         top = std::numeric_limits<float>::quiet_NaN();  // a NaN among the -inf
@@ -50,9 +48,7 @@ VITFAST_INLINE float softmax_row(const float* row, float unit, int64_t columns, 
         sum += weight;
         store(weights + j, weight);
     }
-    const float total = reduce_add(sum);
-    *lse = top * unit + std::log(total);
-    return total;
+    return reduce_add(sum);
 }
 
 template <class Y>
@@ -72,33 +68,38 @@ void attention_block(const AttentionForward<Y>& a, const HeadOfSequence& item, i
     const int64_t stride = 3 * a.heads * a.head_dim, pitch = words_for<kPairs>(a.head_dim);
     const int64_t columns = round_to_lanes(item.length), width = round_to_lanes(a.head_dim);
     const Y* const q = a.qkv + (item.start + begin) * stride + item.head * a.head_dim;
-    pack_rows<kPairs>(q, stride, count, a.head_dim, w.queries);
-    for (int64_t i = begin + count; i < std::min(item.length, begin + 2 * count); ++i) {
-        prefetch_row(q + (i - begin) * stride, a.head_dim);
+    const Operand queries = row_operand<kPairs>(q, stride, count, a.head_dim, w.queries);
+    for (int64_t i = count; i < std::min(item.length - begin, 2 * count); ++i) {
+        prefetch_row(q + i * stride, a.head_dim);  // the next block's
     }
-    multiply<kPairs>({w.queries, pitch, 1}, w.keys, count, columns, pitch, w.logits, columns, false);
+    multiply<kPairs>(queries, w.keys, count, columns, pitch, w.logits, columns, false);
 
     const int64_t bias_start = a.bias.slice(item.sequence, item.head) * a.bias.length * a.bias.length;
     float* const lse = a.lse + item.head * a.rows + item.start + begin;
     for (int64_t i = 0; i < count; ++i) {
         float* const row = w.logits + i * columns;
-        const float unit =
-            finish_logits(row, a.bias, bias_start + (begin + i) * a.bias.length, a.scale, item.length);
+        const float unit = finish_logits(row, a.bias, bias_start + (begin + i) * a.bias.length, a.scale, item.length);
+        float largest;
         if constexpr (kPairs) {
-            w.sums[i] = softmax_row(row, unit, columns, reinterpret_cast<bf16*>(w.weights) + i * columns, lse + i);
+            w.sums[i] = softmax_row(row, unit, columns, reinterpret_cast<bf16*>(w.weights) + i * columns, &largest);
         } else {
-            w.sums[i] = softmax_row(row, unit, columns, row, lse + i);
+            w.sums[i] = softmax_row(row, unit, columns, row, &largest);
         }
+        lse[i] = largest * unit;
     }
+    for (int64_t i = 0; i < count; ++i)
+        lse[i] += std::log(w.sums[i]);  // apart: a call in the loop above costs registers
 
+    Y* const out = a.out + ((item.start + begin) * a.heads + item.head) * a.head_dim;
+    const int64_t out_stride = a.heads * a.head_dim;
+    for (int64_t i = 0; i < count; ++i) prefetch_row_to_write(out + i * out_stride, a.head_dim);
     const int64_t weight_pitch = kPairs ? columns / 2 : columns;
     multiply<kPairs>({w.weights, weight_pitch, 1}, w.values, count, width, words_for<kPairs>(item.length), w.out, width,
                      false);
     for (int64_t i = 0; i < count; ++i) {
-        Y* const out = a.out + ((item.start + begin + i) * a.heads + item.head) * a.head_dim;
         const float normaliser = w.sums[i] == 0.0f ? 0.0f : 1.0f / w.sums[i];
         for (int64_t e = 0; e < a.head_dim; e += kLanes) {
-            store(out + e, load(w.out + i * width + e) * normaliser, a.head_dim - e);
+            store(out + i * out_stride + e, load(w.out + i * width + e) * normaliser, a.head_dim - e);
         }
     }
 }

@@ -38,7 +38,8 @@ struct Operand {
 
 // C[M, N vectors] = (or +=) A[M, words] * panel, accumulators in registers.
 template <bool kPairs, int M, int N>
-void multiply_tile(Operand a, const uint32_t* panel, int64_t columns, int64_t words, float* c, int64_t c_row, bool add) {
+void multiply_tile(Operand a, const uint32_t* panel, int64_t columns, int64_t words, float* c, int64_t c_row,
+                   bool add) {
     Vec sum[M][N];
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
@@ -67,13 +68,19 @@ template <bool kPairs, int N>
 VITFAST_INLINE void multiply_rows(int rows, Operand a, const uint32_t* panel, int64_t columns, int64_t words, float* c,
                                   int64_t c_row, bool add) {
     switch (rows) {
-        case 1: return multiply_tile<kPairs, 1, N>(a, panel, columns, words, c, c_row, add);
-        case 2: return multiply_tile<kPairs, 2, N>(a, panel, columns, words, c, c_row, add);
-        case 3: return multiply_tile<kPairs, 3, N>(a, panel, columns, words, c, c_row, add);
-        case 4: return multiply_tile<kPairs, 4, N>(a, panel, columns, words, c, c_row, add);
+        case 1:
+            return multiply_tile<kPairs, 1, N>(a, panel, columns, words, c, c_row, add);
+        case 2:
+            return multiply_tile<kPairs, 2, N>(a, panel, columns, words, c, c_row, add);
+        case 3:
+            return multiply_tile<kPairs, 3, N>(a, panel, columns, words, c, c_row, add);
+        case 4:
+            return multiply_tile<kPairs, 4, N>(a, panel, columns, words, c, c_row, add);
 #if VITFAST_LEVEL >= 2
-        case 5: return multiply_tile<kPairs, 5, N>(a, panel, columns, words, c, c_row, add);
-        case 6: return multiply_tile<kPairs, 6, N>(a, panel, columns, words, c, c_row, add);
+        case 5:
+            return multiply_tile<kPairs, 5, N>(a, panel, columns, words, c, c_row, add);
+        case 6:
+            return multiply_tile<kPairs, 6, N>(a, panel, columns, words, c, c_row, add);
 #endif
     }
 }
@@ -97,13 +104,21 @@ void multiply(Operand a, const uint32_t* panel, int64_t rows, int64_t columns, i
                 float* const out = c + m * c_row + v * kLanes;
                 const bool accumulate = add || block > 0;
                 switch (width) {
-                    case 1: multiply_rows<kPairs, 1>(height, part, b, columns, last - first, out, c_row, accumulate); break;
-                    case 2: multiply_rows<kPairs, 2>(height, part, b, columns, last - first, out, c_row, accumulate); break;
+                    case 1:
+                        multiply_rows<kPairs, 1>(height, part, b, columns, last - first, out, c_row, accumulate);
+                        break;
+                    case 2:
+                        multiply_rows<kPairs, 2>(height, part, b, columns, last - first, out, c_row, accumulate);
+                        break;
 #if VITFAST_LEVEL >= 1
-                    case 3: multiply_rows<kPairs, 3>(height, part, b, columns, last - first, out, c_row, accumulate); break;
+                    case 3:
+                        multiply_rows<kPairs, 3>(height, part, b, columns, last - first, out, c_row, accumulate);
+                        break;
 #endif
 #if VITFAST_LEVEL >= 2
-                    case 4: multiply_rows<kPairs, 4>(height, part, b, columns, last - first, out, c_row, accumulate); break;
+                    case 4:
+                        multiply_rows<kPairs, 4>(height, part, b, columns, last - first, out, c_row, accumulate);
+                        break;
 #endif
                 }
             }
@@ -117,12 +132,15 @@ constexpr int64_t words_for(int64_t count) {
     return kPairs ? (count + 1) / 2 : count;
 }
 
-constexpr int64_t round_to_lanes(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
-
 // Rows of one head lie far apart in the packed qkv: their cache lines are asked for some rows ahead.
 template <class T>
 VITFAST_INLINE void prefetch_row(const T* row, int64_t width) {
     for (int64_t i = 0; i < width; i += 64 / sizeof(T)) __builtin_prefetch(row + i);
+}
+
+template <class T>
+VITFAST_INLINE void prefetch_row_to_write(const T* row, int64_t width) {
+    for (int64_t i = 0; i < width; i += 64 / sizeof(T)) __builtin_prefetch(row + i, 1);
 }
 
 constexpr int64_t kPrefetchRows = 12;
@@ -153,9 +171,22 @@ void pack_rows(const T* x, int64_t row_stride, int64_t rows, int64_t width, uint
             }
         } else {
             float* const to = reinterpret_cast<float*>(words + r * pitch);
-            for (int64_t i = 0; i < width; i += kLanes) store(to + i, load(x + r * row_stride + i, width - i), width - i);
+            for (int64_t i = 0; i < width; i += kLanes)
+                store(to + i, load(x + r * row_stride + i, width - i), width - i);
         }
     }
+}
+
+// x[rows, width] as the left operand of a product: in place where its numbers are words already, else packed.
+template <bool kPairs, class T>
+Operand row_operand(const T* x, int64_t row_stride, int64_t rows, int64_t width, uint32_t* scratch) {
+    if constexpr (std::is_same_v<T, float>) {
+        return {reinterpret_cast<const uint32_t*>(x), row_stride, 1};
+    } else if (kPairs && width % 2 == 0 && row_stride % 2 == 0 && reinterpret_cast<uintptr_t>(x) % 4 == 0) {
+        return {reinterpret_cast<const uint32_t*>(x), row_stride / 2, 1};
+    }
+    pack_rows<kPairs>(x, row_stride, rows, width, scratch);
+    return {scratch, words_for<kPairs>(width), 1};
 }
 
 // Transposes a kLanes x kLanes block in registers: log2(kLanes) rounds of interleaving row i with row i + kLanes / 2.
@@ -201,8 +232,8 @@ void transposed_panel(const T* x, int64_t row_stride, int64_t rows, int64_t widt
 
 // Two rows of fp32 vectors as one vector of bf16 pairs (first: low half).
 VITFAST_INLINE Vec pair_words(Vec first, Vec second) {
-    const UVec low = __builtin_convertvector(to_bf16_bits(first), UVec);
-    const UVec high = __builtin_convertvector(to_bf16_bits(second), UVec);
+    const UVec low = widen(to_bf16_bits(first));
+    const UVec high = widen(to_bf16_bits(second));
     return (Vec)(low | (high << 16));
 }
 
@@ -212,7 +243,8 @@ void row_panel(const T* x, int64_t row_stride, int64_t rows, int64_t width, uint
     const int64_t columns = round_to_lanes(width);
     constexpr int64_t kRowsPerWord = kPairs ? 2 : 1;
     for (int64_t w = 0; w < words_for<kPairs>(rows); ++w) {
-        for (int64_t r = w * kRowsPerWord + kPrefetchRows; r < std::min(rows, (w + 1) * kRowsPerWord + kPrefetchRows); ++r) {
+        for (int64_t r = w * kRowsPerWord + kPrefetchRows; r < std::min(rows, (w + 1) * kRowsPerWord + kPrefetchRows);
+             ++r) {
             prefetch_row(x + r * row_stride, width);
         }
         for (int64_t i = 0; i < columns; i += kLanes) {

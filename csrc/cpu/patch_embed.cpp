@@ -4,7 +4,8 @@
 #include "check.h"
 #include "isa.h"
 
-// Shapes: B images of C channels and Hi x Wi pixels, patches of P x P, N = (Hi / P) * (Wi / P), R prefix tokens, D width.
+// Shapes: B images of C channels and Hi x Wi pixels, patches of P x P, N = (Hi / P) * (Wi / P), R prefix tokens, D
+// width.
 namespace vitfast {
 
 template <class X, class Y>
@@ -87,12 +88,18 @@ void patchify(Tensor images, int64_t patch, Tensor scale, Tensor shift, Tensor p
         with_type(patches, [&](auto y_type) {
             using X = decltype(x_type);
             using Y = decltype(y_type);
-            Patchify<X, Y> args{data<X>(images), data<float>(scale), data<float>(shift), mutable_data<Y>(patches), {},
-                                channels,        patch,              grid_h,             grid_w};
+            Patchify<X, Y> args{data<X>(images),
+                                data<float>(scale),
+                                data<float>(shift),
+                                mutable_data<Y>(patches),
+                                {},
+                                channels,
+                                patch,
+                                grid_h,
+                                grid_w};
             for (int axis = 0; axis < 4; ++axis) args.stride[axis] = images.stride(axis);
-            torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
-                VITFAST_DISPATCH(patchify_rows(args, begin, end));
-            });
+            torch::stable::parallel_for(
+                0, rows, 1, [&](int64_t begin, int64_t end) { VITFAST_DISPATCH(patchify_rows(args, begin, end)); });
         });
     });
 }
@@ -110,9 +117,8 @@ void unpatchify(Tensor d_patches, int64_t patch, Tensor scale, Tensor d_images) 
             using X = decltype(x_type);
             const Unpatchify<Y, X> args{
                 data<Y>(d_patches), data<float>(scale), mutable_data<X>(d_images), channels, patch, grid_h, grid_w};
-            torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
-                VITFAST_DISPATCH(unpatchify_rows(args, begin, end));
-            });
+            torch::stable::parallel_for(
+                0, rows, 1, [&](int64_t begin, int64_t end) { VITFAST_DISPATCH(unpatchify_rows(args, begin, end)); });
         });
     });
 }
@@ -136,8 +142,14 @@ void assemble_tokens(Tensor projected, OptionalTensor bias, OptionalTensor pos_e
         with_type(tokens, [&](auto x_type) {
             using Y = decltype(y_type);
             using X = decltype(x_type);
-            const AssembleTokens<Y, X> args{data<Y>(projected),      data<float>(bias), data<float>(pos_embed),
-                                            data<float>(prefix),     mutable_data<X>(tokens), width, length, prefixes,
+            const AssembleTokens<Y, X> args{data<Y>(projected),
+                                            data<float>(bias),
+                                            data<float>(pos_embed),
+                                            data<float>(prefix),
+                                            mutable_data<X>(tokens),
+                                            width,
+                                            length,
+                                            prefixes,
                                             positions == length};
             torch::stable::parallel_for(0, batch * length, 16, [&](int64_t begin, int64_t end) {
                 VITFAST_DISPATCH(assemble_rows(args, begin, end));

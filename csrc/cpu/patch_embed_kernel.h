@@ -11,7 +11,7 @@ VITFAST_INLINE Vec load(const uint8_t* from) {
 VITFAST_INLINE Vec load(const fp16* from) {
     HVec halves;
     __builtin_memcpy(&halves, from, sizeof(halves));
-    const UVec bits = __builtin_convertvector(halves, UVec);
+    const UVec bits = widen(halves);
     const UVec magnitude = (bits & 0x7fffu) << 13;
     const UVec finite = (UVec)((Vec)magnitude * 0x1p112f);
     const UVec special = magnitude | 0x7f800000u;

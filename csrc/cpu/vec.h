@@ -9,6 +9,8 @@
 
 constexpr int kLanes = VITFAST_LEVEL >= 2 ? 16 : VITFAST_LEVEL == 1 ? 8 : 4;
 
+constexpr int64_t round_to_lanes(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
+
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t IVec __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t UVec __attribute__((vector_size(kLanes * 4)));
@@ -83,7 +85,18 @@ VITFAST_INLINE HVec to_bf16_bits(Vec a) {
 #endif
 }
 
-VITFAST_INLINE Vec from_bf16_bits(HVec bits) { return (Vec)(__builtin_convertvector(bits, UVec) << 16); }
+// 16-bit lanes to 32-bit lanes; GCC 12 would split the conversion in two.
+VITFAST_INLINE UVec widen(HVec bits) {
+#if VITFAST_LEVEL >= 2
+    return (UVec)_mm512_cvtepu16_epi32((__m256i)bits);
+#elif VITFAST_LEVEL == 1
+    return (UVec)_mm256_cvtepu16_epi32((__m128i)bits);
+#else
+    return __builtin_convertvector(bits, UVec);
+#endif
+}
+
+VITFAST_INLINE Vec from_bf16_bits(HVec bits) { return (Vec)(widen(bits) << 16); }
 
 VITFAST_INLINE Vec load(const float* from) {
     Vec value;
