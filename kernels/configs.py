@@ -104,10 +104,14 @@ def attention_forward_config(length: int, head_dim: int, dtype: torch.dtype, arc
     if dtype == torch.float32:
         # Without tensor cores (fp32 "ieee") a product's operands sit in registers: small tiles, many programs.
         return AttentionConfig(queries=32, keys=32, chunks=(), warps=4, stages=1)
-    if length <= 256:
-        # A 64-row tile of up to 256 logits is 128 fp32 per thread in four warps, 64 in eight.
-        return AttentionConfig(queries=64, keys=0, chunks=cover(length, 3), warps=4 if length <= 208 else 8)
-    return AttentionConfig(queries=128, keys=64, chunks=(), warps=8 if head_dim > 64 else 4, stages=2)
+    chunks = cover(length, 3)
+    # One pass: a 64-row tile of 208 logits is 104 fp32 per thread in four warps, and with 96 columns of output and a bias all
+    # 255 registers are taken. Wider heads leave room for fewer logits.
+    if sum(chunks) <= (208 if head_dim <= 96 else 128 if head_dim <= 128 else 0):
+        return AttentionConfig(queries=64, keys=0, chunks=chunks, warps=4)
+    if head_dim <= 128:
+        return AttentionConfig(queries=64, keys=64, chunks=(), warps=4, stages=2)
+    return AttentionConfig(queries=64, keys=32, chunks=(), warps=8, stages=2)
 
 
 @dataclass(frozen=True)
@@ -126,9 +130,14 @@ DELTA_ROWS = 32
 def attention_backward_config(length: int, head_dim: int, dtype: torch.dtype, arch: int) -> AttentionBackwardConfig:
     if dtype == torch.float32:
         return AttentionBackwardConfig(own=32, step=32, chunks=(), warps=4, stages=1)
-    if length <= 256 and head_dim <= 64:
-        return AttentionBackwardConfig(own=0, step=32, chunks=cover(length, 3), warps=8, stages=1)
-    return AttentionBackwardConfig(own=64, step=64, chunks=(), warps=4, stages=2)
+    # One pass keeps dK and dV of all keys in registers: 256 keys of 64 columns are 128 fp32 per thread in eight warps. Chunks
+    # of unequal size cost layout conversions, so the keys are padded to one power of two here.
+    padded = max(next_power_of_two(length), 64)
+    if padded <= (256 if head_dim <= 64 else 128 if head_dim <= 96 else 0):
+        return AttentionBackwardConfig(own=0, step=32, chunks=(padded, 0, 0), warps=8 if padded > 64 else 4, stages=2)
+    if head_dim <= 96:
+        return AttentionBackwardConfig(own=64, step=64, chunks=(), warps=4, stages=2)
+    return AttentionBackwardConfig(own=64, step=32, chunks=(), warps=8, stages=1)
 
 
 @dataclass(frozen=True)
