@@ -134,7 +134,8 @@ def attention_backward_config(length: int, head_dim: int, dtype: torch.dtype, ar
     # of unequal size cost layout conversions, so the keys are padded to one power of two here.
     padded = max(next_power_of_two(length), 64)
     if padded <= (256 if head_dim <= 64 else 128 if head_dim <= 96 else 0):
-        return AttentionBackwardConfig(own=0, step=32, chunks=(padded, 0, 0), warps=8 if padded > 64 else 4, stages=2)
+        step = 16 if padded == 256 else 32
+        return AttentionBackwardConfig(own=0, step=step, chunks=(padded, 0, 0), warps=8 if padded > 64 else 4, stages=1)
     if head_dim <= 96:
         return AttentionBackwardConfig(own=64, step=64, chunks=(), warps=4, stages=2)
     return AttentionBackwardConfig(own=64, step=32, chunks=(), warps=8, stages=1)
@@ -201,3 +202,11 @@ def linear_config(rows: int, columns: int, depth: int, dtype: torch.dtype, arch:
     return ProductConfig(
         rows=tall, columns=_small(columns, 128), depth=_small(depth, 64), warps=8 if tall == 128 else 4, stages=3
     )
+
+
+@functools.cache
+def activation_backward_config(columns: int, depth: int, dtype: torch.dtype, arch: int) -> ProductConfig:
+    """The derivative of GELU needs several registers for each sum, so half as many sums per thread as linear_config's."""
+    if dtype == torch.float32:
+        return ProductConfig(rows=64, columns=_small(columns, 32), depth=_small(depth, 16), warps=4, stages=2)
+    return ProductConfig(rows=128, columns=_small(columns, 64), depth=_small(depth, 64), warps=8, stages=3)
