@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from . import activation, attention, attention_backward, device, layer_norm, mlp, patch_embed, patchify
+from . import activation, attention, attention_backward, configs, device, layer_norm, mlp, patch_embed, patchify
 
 CHIPS = {
     80: device.Device(arch=80, multiprocessors=108, shared_bytes=166912),  # A100
@@ -137,6 +137,8 @@ def activation_case(F: int) -> Callable[[torch.dtype], None]:
 
 def attention_case(L: int, E: int, variant: str) -> Callable[[torch.dtype], None]:
     def launch(dtype: torch.dtype) -> None:
+        if configs.attention_why_not(E, dtype, device.dot_precision(dtype)):
+            return
         H, T = 12, BATCH * L
         qkv, out, lse = meta(T, 3, H, E, dtype=dtype), meta(T, H, E, dtype=dtype), meta(H, T)
         bias = meta(1, H, L, L, dtype=dtype) if variant == "bias" else None
@@ -201,7 +203,7 @@ def cases(quick: bool) -> Iterator[tuple[str, Callable[[torch.dtype], None], tup
     lengths = (197,) if quick else (50, 65, 128, 197, 577)
     for E in (64, 72) if quick else (16, 64, 72, 88, 128, 192, 256):
         for L in lengths:
-            dtypes = BF16 if quick else ALL if E in (64, 256) else ("bf16", "fp32")
+            dtypes = BF16 if quick else ALL if E == 64 else ("bf16", "fp32", "tf32")
             yield f"attention L={L} E={E}", attention_case(L, E, ""), dtypes
             if L in (197, 577) and (not quick or E == 64):
                 yield f"attention L={L} E={E} bias", attention_case(L, E, "bias"), BF16 if quick else ("bf16", "fp32")

@@ -99,6 +99,17 @@ class AttentionConfig:
     stages: int = 1
 
 
+def attention_why_not(head_dim: int, dtype: torch.dtype, precision: str) -> str | None:
+    """Why the attention kernels should not run, or None. `precision` is device.dot_precision's: "ieee" or "tf32"."""
+    if dtype != torch.float32:
+        limit, reason = 256, "a tile's operands no longer fit on the chip"
+    elif precision == "tf32":
+        limit, reason = 128, "fp32 operands spill out of registers"
+    else:
+        limit, reason = 96, "without tensor cores fp32 operands spill out of registers"
+    return None if head_dim <= limit else f"head dim {head_dim} with {dtype}: above {limit} {reason}"
+
+
 @functools.cache
 def attention_forward_config(length: int, head_dim: int, dtype: torch.dtype, arch: int) -> AttentionConfig:
     if dtype == torch.float32:
@@ -110,7 +121,8 @@ def attention_forward_config(length: int, head_dim: int, dtype: torch.dtype, arc
     if sum(chunks) <= (208 if head_dim <= 96 else 128 if head_dim <= 128 else 0):
         return AttentionConfig(queries=64, keys=0, chunks=chunks, warps=4)
     if head_dim <= 128:
-        return AttentionConfig(queries=64, keys=64, chunks=(), warps=4, stages=2)
+        # Ampere's products take their operands from registers, Hopper's and Blackwell's from shared memory.
+        return AttentionConfig(queries=64, keys=64 if arch >= 90 else 32, chunks=(), warps=4, stages=2)
     return AttentionConfig(queries=64, keys=32, chunks=(), warps=8, stages=2)
 
 
@@ -133,7 +145,7 @@ def attention_backward_config(length: int, head_dim: int, dtype: torch.dtype, ar
     # One pass keeps dK and dV of all keys in registers: 256 keys of 64 columns are 128 fp32 per thread in eight warps. Chunks
     # of unequal size cost layout conversions, so the keys are padded to one power of two here.
     padded = max(next_power_of_two(length), 64)
-    if padded <= (256 if head_dim <= 64 else 128 if head_dim <= 96 else 0):
+    if padded <= (256 if head_dim <= 64 and arch >= 90 else 128 if head_dim <= 96 else 0):
         step = 16 if padded == 256 else 32
         return AttentionBackwardConfig(own=0, step=step, chunks=(padded, 0, 0), warps=8 if padded > 64 else 4, stages=1)
     if head_dim <= 96:
@@ -150,7 +162,10 @@ class BiasGradientConfig:
 
 @functools.cache
 def bias_gradient_config(head_dim: int, dtype: torch.dtype, arch: int) -> BiasGradientConfig:
-    return BiasGradientConfig(tile=32 if dtype == torch.float32 else 64, warps=4, programs=4)
+    if dtype == torch.float32:
+        return BiasGradientConfig(tile=32, warps=4, programs=4)
+    # Four operands of a 64-row tile: past 64 columns four warps spill.
+    return BiasGradientConfig(tile=64, warps=4 if head_dim <= 64 else 8, programs=4)
 
 
 @dataclass(frozen=True)
