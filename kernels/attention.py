@@ -212,7 +212,7 @@ def attention_forward(
     """out [T, H, E] = softmax(scale * q k^T + bias) v of qkv [T, 3, H, E]; lse [H, T] fp32, natural logarithm.
 
     A plain batch passes seqlen > 0, and cu_seqlens and max_seqlen are not looked at; packed sequences pass seqlen = 0.
-    bias is contiguous [Bb, Hb, L, L] with Bb in {1, B}, Hb in {1, H}. A row whose keys all have bias -inf gives 0, lse -inf.
+    bias is contiguous [Bb, Hb, L, L] with Bb in {1, B}, Hb in {1, H} and L <= 46340. A row whose keys all have bias -inf gives 0, lse -inf.
     """
     T, _, H, E = qkv.shape
     if seqlen:

@@ -53,7 +53,7 @@ def _bias_gradient_kernel(
     out = partials + (tl.program_id(1) * bias_sequences * bias_heads + matrix_index).to(tl.int64) * (
         bias_length * bias_length
     )
-    at = rows.to(tl.int64)[:, None] * bias_length + cols[None, :]
+    at = rows[:, None] * bias_length + cols[None, :]
     tl.store(out + at, total, mask=(rows < bias_length)[:, None] & (cols < bias_length)[None, :])
 
 

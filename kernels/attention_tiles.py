@@ -124,11 +124,15 @@ def bias_of(bias, sequence, head, stride_b, stride_h):
 
 @triton.jit
 def add_bias(logits, bias, queries, keys, bias_length, length):
-    """logits (log2 units) + bias, for queries and keys shaped to broadcast to the tile ([R, 1], [1, S] or the other way)."""
+    """logits (log2 units) + bias, for queries and keys shaped to broadcast to the tile ([R, 1], [1, S] or the other way).
+
+    Offsets inside one [L, L] matrix are int32, which holds to L = 46340 (8 GB of fp32): rows of odd length load one number
+    per pointer, and 64-bit pointers of a whole tile would spill.
+    """
     if bias is None:
         return logits
     else:
-        at = queries.to(tl.int64) * bias_length + keys
+        at = queries * bias_length + keys
         value = tl.load(bias + at, mask=(queries < length) & (keys < length), other=0.0)
         return tl.fma(value.to(tl.float32), tl.full(logits.shape, LOG2E, tl.float32), logits)
 

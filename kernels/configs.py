@@ -99,15 +99,31 @@ class AttentionConfig:
     stages: int = 1
 
 
+def attention_why_not(head_dim: int, dtype: torch.dtype, precision: str) -> str | None:
+    """Why the attention kernels should not run, or None. `precision` is device.dot_precision's: "ieee" or "tf32"."""
+    if dtype != torch.float32:
+        limit, reason = 256, "a tile's operands no longer fit on the chip"
+    elif precision == "tf32":
+        limit, reason = 128, "fp32 operands spill out of registers"
+    else:
+        limit, reason = 96, "without tensor cores fp32 operands spill out of registers"
+    return None if head_dim <= limit else f"head dim {head_dim} with {dtype}: above {limit} {reason}"
+
+
 @functools.cache
 def attention_forward_config(length: int, head_dim: int, dtype: torch.dtype, arch: int) -> AttentionConfig:
     if dtype == torch.float32:
         # Without tensor cores (fp32 "ieee") a product's operands sit in registers: small tiles, many programs.
         return AttentionConfig(queries=32, keys=32, chunks=(), warps=4, stages=1)
-    if length <= 256:
-        # A 64-row tile of up to 256 logits is 128 fp32 per thread in four warps, 64 in eight.
-        return AttentionConfig(queries=64, keys=0, chunks=cover(length, 3), warps=4 if length <= 208 else 8)
-    return AttentionConfig(queries=128, keys=64, chunks=(), warps=8 if head_dim > 64 else 4, stages=2)
+    chunks = cover(length, 3)
+    # One pass: a 64-row tile of 208 logits is 104 fp32 per thread in four warps, and with 96 columns of output and a bias all
+    # 255 registers are taken. Wider heads leave room for fewer logits.
+    if sum(chunks) <= (208 if head_dim <= 96 else 128 if head_dim <= 128 else 0):
+        return AttentionConfig(queries=64, keys=0, chunks=chunks, warps=4)
+    if head_dim <= 128:
+        # Ampere's products take their operands from registers, Hopper's and Blackwell's from shared memory.
+        return AttentionConfig(queries=64, keys=64 if arch >= 90 else 32, chunks=(), warps=4, stages=2)
+    return AttentionConfig(queries=64, keys=32, chunks=(), warps=8, stages=2)
 
 
 @dataclass(frozen=True)
@@ -126,9 +142,15 @@ DELTA_ROWS = 32
 def attention_backward_config(length: int, head_dim: int, dtype: torch.dtype, arch: int) -> AttentionBackwardConfig:
     if dtype == torch.float32:
         return AttentionBackwardConfig(own=32, step=32, chunks=(), warps=4, stages=1)
-    if length <= 256 and head_dim <= 64:
-        return AttentionBackwardConfig(own=0, step=32, chunks=cover(length, 3), warps=8, stages=1)
-    return AttentionBackwardConfig(own=64, step=64, chunks=(), warps=4, stages=2)
+    # One pass keeps dK and dV of all keys in registers: 256 keys of 64 columns are 128 fp32 per thread in eight warps. Chunks
+    # of unequal size cost layout conversions, so the keys are padded to one power of two here.
+    padded = max(next_power_of_two(length), 64)
+    if padded <= (256 if head_dim <= 64 and arch >= 90 else 128 if head_dim <= 96 else 0):
+        step = 16 if padded == 256 else 32
+        return AttentionBackwardConfig(own=0, step=step, chunks=(padded, 0, 0), warps=8 if padded > 64 else 4, stages=1)
+    if head_dim <= 96:
+        return AttentionBackwardConfig(own=64, step=64, chunks=(), warps=4, stages=2)
+    return AttentionBackwardConfig(own=64, step=32, chunks=(), warps=8, stages=1)
 
 
 @dataclass(frozen=True)
@@ -140,7 +162,10 @@ class BiasGradientConfig:
 
 @functools.cache
 def bias_gradient_config(head_dim: int, dtype: torch.dtype, arch: int) -> BiasGradientConfig:
-    return BiasGradientConfig(tile=32 if dtype == torch.float32 else 64, warps=4, programs=4)
+    if dtype == torch.float32:
+        return BiasGradientConfig(tile=32, warps=4, programs=4)
+    # Four operands of a 64-row tile: past 64 columns four warps spill.
+    return BiasGradientConfig(tile=64, warps=4 if head_dim <= 64 else 8, programs=4)
 
 
 @dataclass(frozen=True)
@@ -192,3 +217,11 @@ def linear_config(rows: int, columns: int, depth: int, dtype: torch.dtype, arch:
     return ProductConfig(
         rows=tall, columns=_small(columns, 128), depth=_small(depth, 64), warps=8 if tall == 128 else 4, stages=3
     )
+
+
+@functools.cache
+def activation_backward_config(columns: int, depth: int, dtype: torch.dtype, arch: int) -> ProductConfig:
+    """The derivative of GELU needs several registers for each sum, so half as many sums per thread as linear_config's."""
+    if dtype == torch.float32:
+        return ProductConfig(rows=64, columns=_small(columns, 32), depth=_small(depth, 16), warps=4, stages=2)
+    return ProductConfig(rows=128, columns=_small(columns, 64), depth=_small(depth, 64), warps=8, stages=3)

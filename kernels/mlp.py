@@ -12,7 +12,7 @@ import triton.language as tl
 
 from . import device
 from .activation import activate, activate_with_slope, is_fast
-from .configs import ROW_GROUP, linear_config
+from .configs import ROW_GROUP, activation_backward_config, linear_config
 from .reduce import sum_partials
 
 
@@ -174,7 +174,7 @@ def linear_activation_backward(
         if d_bias is not None:
             d_bias.zero_()
         return
-    config = linear_config(T, F, N, h.dtype, device.device_properties(h.device).arch)
+    config = activation_backward_config(F, N, h.dtype, device.device_properties(h.device).arch)
     row_blocks = triton.cdiv(T, config.rows)
     partials = None if d_bias is None else torch.empty(1, row_blocks, F, device=h.device, dtype=torch.float32)
     _activation_backward_kernel[(row_blocks * triton.cdiv(F, config.columns),)](

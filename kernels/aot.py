@@ -1,0 +1,281 @@
+"""Compile every Triton kernel as its launcher would, for chips that need not be here, and say what each costs.
+
+    python -m vitfast.kernels.aot [--quick] [--arch 80 90 100] [--dtype bf16 fp16 fp32 tf32] [--only NAME] [--out build/aot.json]
+
+The launchers run on meta tensors with the launch itself replaced by compilation, so what is compiled is what would run. Prints
+registers, spills (a kernel's STACK bytes), shared memory, blocks per multiprocessor and the tensor-core instruction, and fails
+on a spill, on shared memory over the chip's limit, and on a 16-bit product without tensor cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from . import activation, attention, attention_backward, configs, device, layer_norm, mlp, patch_embed, patchify
+
+CHIPS = {
+    80: device.Device(arch=80, multiprocessors=108, shared_bytes=166912),  # A100
+    90: device.Device(arch=90, multiprocessors=132, shared_bytes=232448),  # H100, H200
+    100: device.Device(arch=100, multiprocessors=148, shared_bytes=232448),  # B200
+}
+SHARED_PER_MULTIPROCESSOR = {80: 167936, 90: 233472, 100: 233472}
+# By what the PTX calls them: fifth, fourth and second generation of the tensor cores' interface.
+TENSOR_CORE = {"tcgen05.mma": "tcgen05", "wgmma.mma_async": "wgmma", "mma.sync": "mma"}
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+BATCH = 64
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+
+
+class _Driver:
+    """Stands in for the CUDA driver: a device of the wanted architecture, which nothing is ever launched on."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return self.arch  # compiled kernels are cached per device
+
+    def get_current_stream(self, _device: int | None = None) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers per thread and bytes of stack (spills) of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump names no registers:\n{text}")
+    return int(found[1]), int(found[2])
+
+
+def describe(arch: int, name: str, compiled, has_product: bool, half: bool) -> dict:
+    registers, spills = resources(compiled.asm["cubin"])
+    shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
+    instruction = next((short for text, short in TENSOR_CORE.items() if text in compiled.asm["ptx"]), "")
+    per_warp = -(-registers * 32 // 256) * 256  # registers are handed out to warps by 256
+    blocks = min(65536 // (per_warp * warps), 64 // warps, SHARED_PER_MULTIPROCESSOR[arch] // (shared + 1024), 32)
+    problems = [f"spills {spills} bytes"] if spills else []
+    if shared > CHIPS[arch].shared_bytes:
+        problems.append(f"shared memory {shared} over the chip's {CHIPS[arch].shared_bytes}")
+    if has_product and half and not instruction:
+        problems.append("16-bit product without tensor cores")
+    return {
+        "arch": arch, "kernel": name, "registers": registers, "spills": spills, "shared": shared, "warps": warps,
+        "blocks": blocks, "tensor_core": instruction, "problems": problems,
+    }  # fmt: skip
+
+
+@contextmanager
+def compiling(arch: int, seen: Callable[[JITFunction, object], None]) -> Iterator[None]:
+    """Launches inside compile for `arch` instead, and hand (kernel, compiled) to `seen`."""
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
+        seen(self, compiled)
+        return compiled
+
+    driver.set_active(_Driver(arch))  # stays: without a GPU there is none to go back to, and this process only compiles
+    with (
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(device, "device_properties", return_value=CHIPS[arch]),
+    ):
+        yield
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(*shape, device="meta", dtype=dtype)
+
+
+def norm_case(D: int, stream: torch.dtype | None = None) -> Callable[[torch.dtype], None]:
+    def launch(dtype: torch.dtype) -> None:
+        T = BATCH * 197
+        x, y = meta(T, D, dtype=stream or dtype), meta(T, D, dtype=dtype)
+        row, column, factor = meta(T), meta(D), meta(BATCH)
+        layer_norm.layer_norm_forward(x, None, None, None, column, column, 1e-6, None, y, row, row)
+        layer_norm.layer_norm_forward(x, y, column, factor, column, column, 1e-6, x, y, row, row)
+        layer_norm.layer_norm_apply(x, row, row, column, column, y)
+        layer_norm.scale_add_forward(x, y, column, factor, x)
+        layer_norm.layer_norm_backward(y, None, x, row, row, column, None, None, None, x, None, None, column, column)
+        layer_norm.layer_norm_backward(y, x, x, row, row, column, y, column, factor, x, y, column, column, column)
+
+    return launch
+
+
+def activation_case(F: int) -> Callable[[torch.dtype], None]:
+    def launch(dtype: torch.dtype) -> None:
+        h = meta(BATCH * 197, F, dtype=dtype)
+        for kind in ("gelu", "gelu_tanh"):
+            activation.activation_forward(h, kind, h)
+            activation.activation_backward(h, h, kind, h, None, None)
+            activation.activation_backward(h, h, kind, h, h, meta(F))
+
+    return launch
+
+
+def attention_case(L: int, E: int, variant: str) -> Callable[[torch.dtype], None]:
+    def launch(dtype: torch.dtype) -> None:
+        if configs.attention_why_not(E, dtype, device.dot_precision(dtype)):
+            return
+        H, T = 12, BATCH * L
+        qkv, out, lse = meta(T, 3, H, E, dtype=dtype), meta(T, H, E, dtype=dtype), meta(H, T)
+        bias = meta(1, H, L, L, dtype=dtype) if variant == "bias" else None
+        d_bias = meta(1, H, L, L) if variant == "bias" else None
+        cu_seqlens = meta(BATCH + 1, dtype=torch.int32) if variant == "packed" else None
+        seqlen = 0 if variant == "packed" else L
+        attention.attention_forward(qkv, E**-0.5, bias, cu_seqlens, L, out, lse, seqlen)
+        attention_backward.attention_backward(out, qkv, out, lse, E**-0.5, bias, cu_seqlens, L, qkv, d_bias, seqlen)
+
+    return launch
+
+
+def patch_case(P: int, D: int, pixels: torch.dtype, channels_last: bool) -> Callable[[torch.dtype], None]:
+    def launch(dtype: torch.dtype) -> None:
+        size, R = 16 * P, 1
+        images = meta(BATCH, 3, size, size, dtype=pixels)
+        images = images.to(memory_format=torch.channels_last) if channels_last else images
+        K, N = 3 * P * P, 256
+        weight, tokens, rows = (
+            meta(D, 3, P, P, dtype=dtype),
+            meta(BATCH, R + N, D, dtype=dtype),
+            meta(BATCH * N, K, dtype=dtype),
+        )
+        channel, column, position, prefix = meta(3), meta(D), meta(R + N, D), meta(R, D)
+        d_images = meta(BATCH, 3, size, size)
+        patch_embed.patch_embed_forward(images, weight, column, position, prefix, channel, channel, tokens)
+        patch_embed.patch_embed_weight_gradient(images, tokens, channel, channel, dtype, meta(D, 3, P, P))
+        patch_embed.patch_embed_image_gradient(tokens, weight, channel, d_images)
+        patchify.patchify(images, P, channel, channel, rows)
+        patchify.unpatchify(rows, P, channel, d_images)
+        patchify.assemble_tokens(meta(BATCH * N, D, dtype=dtype), column, position, prefix, tokens)
+
+    return launch
+
+
+def mlp_case(D: int, T: int = BATCH * 197) -> Callable[[torch.dtype], None]:
+    def launch(dtype: torch.dtype) -> None:
+        F = 4 * D
+        x, h, column, hidden = meta(T, D, dtype=dtype), meta(T, F, dtype=dtype), meta(D), meta(F)
+        w1, w2, stream = meta(F, D, dtype=dtype), meta(D, F, dtype=dtype), meta(T, D)
+        mlp.linear_forward(x, w1, hidden, h)
+        for kind in ("gelu", "gelu_tanh"):
+            mlp.linear_activation_forward(x, w1, hidden, kind, h, h)
+            mlp.linear_activation_backward(x, w2, h, kind, h, h, hidden)
+        mlp.linear_residual_forward(h, w2, column, x, None, None, x)
+        mlp.linear_residual_forward(h, w2, column, stream, column, meta(1), stream)
+
+    return launch
+
+
+# Names, and the dtypes each is compiled in: the shapes are those whose configurations differ.
+ALL, HALF, BF16 = ("bf16", "fp16", "fp32", "tf32"), ("bf16", "fp16"), ("bf16",)
+NO_PRODUCT = ("bf16", "fp16", "fp32")
+
+
+def cases(quick: bool) -> Iterator[tuple[str, Callable[[torch.dtype], None], tuple[str, ...]]]:
+    for D in (768,) if quick else (33, 192, 768, 1280, 4096, 6144, 8192):
+        yield f"layer_norm D={D}", norm_case(D), BF16 if quick else NO_PRODUCT
+        yield f"layer_norm D={D} fp32 stream", norm_case(D, torch.float32), BF16
+    yield "activation F=3072", activation_case(3072), BF16 if quick else NO_PRODUCT
+    # 72 stands for 80 too, 88 for 96 (the same pieces without masks), and 197 for every length up to 208.
+    lengths = (197,) if quick else (50, 65, 128, 197, 577)
+    for E in (64, 72) if quick else (16, 64, 72, 88, 128, 192, 256):
+        for L in lengths:
+            dtypes = BF16 if quick else ALL if E == 64 else ("bf16", "fp32", "tf32")
+            yield f"attention L={L} E={E}", attention_case(L, E, ""), dtypes
+            if L in (197, 577) and (not quick or E == 64):
+                yield f"attention L={L} E={E} bias", attention_case(L, E, "bias"), BF16 if quick else ("bf16", "fp32")
+        yield f"attention L={lengths[-1]} E={E} packed", attention_case(lengths[-1], E, "packed"), BF16
+    for P, D in ((16, 768),) if quick else ((4, 96), (8, 384), (14, 1280), (16, 768), (32, 1024)):
+        yield f"patch_embed P={P} D={D} uint8", patch_case(P, D, torch.uint8, False), BF16 if quick else ALL
+        if not quick:
+            yield f"patch_embed P={P} D={D} fp32 NHWC", patch_case(P, D, torch.float32, True), BF16
+    for D in (768,) if quick else (192, 768, 1280):
+        yield f"mlp D={D}", mlp_case(D), BF16 if quick else ALL
+        if not quick:
+            yield f"mlp D={D} one image", mlp_case(D, 197), BF16
+
+
+def compile_case(
+    arch: int, name: str, launch: Callable[[torch.dtype], None], dtype: str, known: set[str]
+) -> list[dict]:
+    """One row for each kernel of the case that no earlier case compiled alike."""
+    rows = []
+
+    def seen(kernel: JITFunction, compiled) -> None:
+        if compiled.hash not in known:
+            known.add(compiled.hash)
+            title = f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__.strip('_').removesuffix('_kernel')}"
+            row = describe(arch, title, compiled, "tt.dot" in compiled.asm["ttir"], dtype in HALF)
+            rows.append({**row, "case": name, "dtype": dtype})
+
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
+    try:
+        with compiling(arch, seen):
+            launch(DTYPES[dtype])
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    return rows
+
+
+def line(row: dict) -> str:
+    return (
+        f"sm_{row['arch']:<4}{row['dtype']:<5}{row['case']:<34}{row['kernel']:<36}{row['registers']:>5}{row['spills']:>7}"
+        f"{row['shared']:>8}{row['warps']:>6}{row['blocks']:>7}  {row['tensor_core']:<8}{'; '.join(row['problems'])}"
+    ).rstrip()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Compile the Triton kernels ahead of time and report what they cost.")
+    parser.add_argument("--quick", action="store_true", help="ViT-B's shapes in bf16 only")
+    parser.add_argument("--arch", type=int, nargs="+", choices=sorted(CHIPS), default=sorted(CHIPS))
+    parser.add_argument("--dtype", nargs="+", choices=ALL, default=ALL)
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--out", type=Path, default=Path("build/aot.json"))
+    options = parser.parse_args(argv)
+    if not isinstance(layer_norm._forward_kernel, JITFunction):
+        parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")
+    print(
+        f"{'arch':<7}{'dtype':<5}{'case':<34}{'kernel':<36} regs spills  shared warps blocks  tensor cores", flush=True
+    )
+    rows, known = [], set()
+    for arch in options.arch:
+        for name, launch, dtypes in cases(options.quick):
+            for dtype in [d for d in dtypes if d in options.dtype and options.only in name]:
+                for row in compile_case(arch, name, launch, dtype, known):
+                    print(line(row), flush=True)
+                    rows.append(row)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n")
+    failed = [row for row in rows if row["problems"]]
+    print(
+        f"{len(rows)} kernels compiled with Triton {triton.__version__}, {len(failed)} with problems; rows in {options.out}"
+    )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
