@@ -112,8 +112,8 @@ def test_fp32_matches_timm_full_size(name):
 @pytest.mark.parametrize("autocast", [False, True], ids=["weights", "autocast"])
 @pytest.mark.parametrize("name", KINDS[:1] + KINDS[3:])
 def test_bf16_is_as_near_fp64_as_timm(name, autocast):
-    reference, model = pair(name, **small(name))
-    images, d_logits = batch(model, size=8)  # enough tokens for the two errors to be comparable at all
+    reference, model = pair(name, **{**small(name), "num_classes": 100})
+    images, d_logits = batch(model, size=16)  # 1600 logits: the ratio of two errors then scatters by some 5 %
     truth = run(copy.deepcopy(reference).double(), images.double(), d_logits.double())
     if not autocast:
         reference, model, images = reference.bfloat16(), model.bfloat16(), images.bfloat16()
