@@ -175,6 +175,31 @@ def test_recompute_keeps_less():
     assert block < mlp < fused < none
 
 
+@pytest.mark.parametrize("recompute", ["fused", "block"])
+def test_compiles_to_one_graph(recompute):
+    name = "deit3_small_patch16_224"
+    model = vitfast.create_model(name, **small(name), recompute=recompute, drop_path_rate=0.3)
+    shake(model)
+    images, d_logits = batch(model, size=4)
+    torch.manual_seed(3)
+    wanted_logits, wanted_grads = run(model, images, d_logits)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")  # the graphs of a real compile, uncompiled
+    torch.manual_seed(3)
+    model.zero_grad()
+    logits = compiled(images)
+    logits.backward(d_logits)
+    assert rel(logits, wanted_logits) <= 1e-6
+    assert rel(flat({key: p.grad for key, p in model.named_parameters()}), flat(wanted_grads)) <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_base_patch16_siglip_224"])
+def test_backend_reaches_every_layer(name):
+    model = vitfast.create_model(name, **small(name), backend="torch")
+    layers = [module for module in model.modules() if hasattr(module, "backend")]
+    assert {type(layer).__name__ for layer in layers} >= {"PatchEmbed", "LayerNorm", "Attention", "Mlp", "Block"}
+    assert {layer.backend for layer in layers} == {"torch"}
+
+
 def test_grad_checkpointing_switch_is_recompute_block():
     model = vitfast.create_model("vit_tiny_patch16_224", recompute="mlp", depth=1)
     model.set_grad_checkpointing()
