@@ -22,7 +22,7 @@ TINY = ["--model-arg", "depth=1", "--model-arg", "embed_dim=32", "--model-arg", 
 def run(tmp_path_factory) -> Path:
     """A short run of a tiny model on the digits."""
     out = tmp_path_factory.mktemp("runs") / "tiny"
-    flags = ["--out", str(out), "--epochs", "2", "--batch-size", "64", "--lr", "0.01", "--weight-init", "sincos"]
+    flags = ["--out", str(out), "--epochs", "2", "--batch-size", "64", "--lr", "0.01", "--weight-init", "lecun"]
     assert main(["train", *TINY, *flags]) == 0
     return out
 
@@ -106,7 +106,7 @@ def test_every_option_of_train_reaches_the_config(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fit_module, "fit", fake_fit)
     flags = {
-        "model": "resnet20", "img_size": 16, "init": "w.pt", "weight_init": "sincos", "backend": "torch", "recompute": "mlp",
+        "model": "resnet20", "img_size": 16, "init": "w.pt", "weight_init": "lecun", "backend": "torch", "recompute": "mlp",
         "dataset": "fake", "data": "d", "mean": [0.1, 0.2, 0.3], "std": [0.3, 0.2, 0.1], "workers": 5, "crop_padding": 3,
         "crop_scale": 0.4, "flip": True, "rotate": 2.0, "mixup": 0.1, "cutmix": 0.2, "epochs": 3, "steps": 4, "batch_size": 5,
         "accumulate": 6, "optimizer": "sgd", "lr": 0.7, "momentum": 0.8, "beta2": 0.98, "weight_decay": 0.09,

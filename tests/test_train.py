@@ -1,6 +1,7 @@
 """The training loop: it learns, resumes to the bit, and stops with a usable message."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -16,14 +17,20 @@ from vitfast.train.config import locked_differences
 from vitfast.train.data import load_dataset
 from vitfast.train.engine import Trainer
 from vitfast.train.evaluate import evaluate
-from vitfast.train.initial import sincos_positions
 from vitfast.train.loader import eval_batches
 from vitfast.train.metrics import Meter, read_metrics
 from vitfast.train.optim import build_optimizer, lr_factor, parameter_groups
 from vitfast.train.recipes import RECIPES, recipe_config
 
 TINY_VIT = {"depth": 1, "embed_dim": 32, "num_heads": 2}
-FAST = dict(model="vit_tiny_patch2_8", model_args=TINY_VIT, epochs=2, batch_size=128, log_every=2, device="cpu")
+FAST = {
+    "model": "vit_tiny_patch2_8",
+    "model_args": TINY_VIT,
+    "epochs": 2,
+    "batch_size": 128,
+    "log_every": 2,
+    "device": "cpu",
+}
 
 
 class Silent:
@@ -101,21 +108,28 @@ def stop_at(step: int, signum: int = signal.SIGINT):
     return on_step
 
 
-VIT = dict(
-    model_args=TINY_VIT | {"pos_drop_rate": 0.1, "drop_path_rate": 0.1},
-    batch_size=64,
-    accumulate=2,
-    ema=0.9,
-    mixup=0.2,
-    cutmix=1.0,
-    clip_grad=1.0,
-    crop_padding=1,
-    rotate=10.0,
-    label_smoothing=0.1,
-    warmup_steps=3,
-    layer_decay=0.8,
-)
-RESNET = dict(model="resnet20", model_args={}, optimizer="sgd", lr=0.05, batch_size=256, schedule="linear")
+VIT = {
+    "model_args": TINY_VIT | {"pos_drop_rate": 0.1, "drop_path_rate": 0.1},
+    "batch_size": 64,
+    "accumulate": 2,
+    "ema": 0.9,
+    "mixup": 0.2,
+    "cutmix": 1.0,
+    "clip_grad": 1.0,
+    "crop_padding": 1,
+    "rotate": 10.0,
+    "label_smoothing": 0.1,
+    "warmup_steps": 3,
+    "layer_decay": 0.8,
+}
+RESNET = {
+    "model": "resnet20",
+    "model_args": {},
+    "optimizer": "sgd",
+    "lr": 0.05,
+    "batch_size": 256,
+    "schedule": "linear",
+}
 
 
 @pytest.mark.parametrize(
@@ -198,7 +212,7 @@ def test_learning_rate_of_every_step(tmp_path, schedule):
     half = {"cosine": 0.5, "linear": 0.5, "constant": 1.0}[schedule]
     assert math.isclose(rates[7], half)
     assert rates[9] > 0
-    assert all(a >= b for a, b in zip(rates[4:], rates[5:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates))
 
 
 def test_weight_decay_spares_vectors_positions_and_tokens():
@@ -229,7 +243,7 @@ def test_layer_decay_scales_by_depth():
 
 def test_accumulation_equals_one_large_batch(tmp_path):
     """Same images per step, so the same gradients up to rounding; SGD keeps the difference small."""
-    settings = dict(optimizer="sgd", lr=0.1, steps=3)
+    settings = {"optimizer": "sgd", "lr": 0.1, "steps": 3}
     train(tmp_path / "large", batch_size=128, **settings)
     train(tmp_path / "accumulated", batch_size=32, accumulate=4, **settings)
     large, accumulated = (load_checkpoint(tmp_path / n / "last.pt")["weights"] for n in ("large", "accumulated"))
@@ -238,7 +252,7 @@ def test_accumulation_equals_one_large_batch(tmp_path):
 
 
 def test_moving_average_is_evaluated_and_saved(tmp_path):
-    settings = dict(lr=3e-3, epochs=1)
+    settings = {"lr": 3e-3, "epochs": 1}
     result = train(tmp_path / "ema", ema=0.5, **settings)
     content = load_checkpoint(tmp_path / "ema" / "last.pt")
     assert content["ema"]["updates"] == 11
@@ -255,7 +269,7 @@ def test_clipping_bounds_the_step(tmp_path):
 
     torch.manual_seed(0)
     start = vitfast.create_model("vit_tiny_patch2_8", num_classes=10, img_size=8, in_chans=1, **TINY_VIT).state_dict()
-    settings = dict(optimizer="sgd", momentum=0.0, weight_decay=0.0, lr=1.0, steps=1, log_every=1)
+    settings = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "lr": 1.0, "steps": 1, "log_every": 1}
     lengths = {}
     for name, clip in (("free", 0.0), ("clipped", 0.01)):
         train(tmp_path / name, clip_grad=clip, **settings)
@@ -353,7 +367,7 @@ def test_learns_the_fake_patterns(tmp_path):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision_trains_fp32_weights(tmp_path, precision):
-    settings = dict(model="resnet20", model_args={}, epochs=1, lr=3e-3)
+    settings = {"model": "resnet20", "model_args": {}, "epochs": 1, "lr": 3e-3}
     loss = {p: train(tmp_path / p, precision=p, **settings).test_loss for p in ("fp32", precision)}
     weights = load_checkpoint(tmp_path / precision / "last.pt")["weights"]
     assert all(v.dtype == torch.float32 for v in weights.values() if v.is_floating_point())
@@ -370,19 +384,19 @@ def test_image_folder_trains_and_resumes_to_the_bit(tmp_path):
         for i in range(10):
             pixels = torch.randint(k * 128, k * 128 + 128, (20, 24, 3), generator=generator, dtype=torch.uint8)
             Image.fromarray(pixels.numpy()).save(tmp_path / "data" / name / f"{i}.png")
-    settings = dict(
-        dataset="folder",
-        data=str(tmp_path / "data"),
-        img_size=16,
-        model="resnet20",
-        model_args={},
-        batch_size=4,
-        workers=1,
-        crop_scale=0.5,
-        flip=True,
-        lr=3e-3,
-        epochs=3,
-    )
+    settings = {
+        "dataset": "folder",
+        "data": str(tmp_path / "data"),
+        "img_size": 16,
+        "model": "resnet20",
+        "model_args": {},
+        "batch_size": 4,
+        "workers": 1,
+        "crop_scale": 0.5,
+        "flip": True,
+        "lr": 3e-3,
+        "epochs": 3,
+    }
     result = train(tmp_path / "straight", **settings)
     assert result.test_accuracy == 1.0
     with pytest.raises(Interrupted):
@@ -396,14 +410,14 @@ def test_fine_tuning_from_a_checkpoint_of_other_classes_and_size(tmp_path):
     source = train(tmp_path / "source", epochs=1)
     before = load_checkpoint(source.checkpoint)["weights"]
     torch.save(
-        {k: v for k, v in before.items()} | {"head.weight": torch.zeros(3, 32), "head.bias": torch.zeros(3)},
+        before | {"head.weight": torch.zeros(3, 32), "head.bias": torch.zeros(3)},
         tmp_path / "w.pt",
     )
     silent = Silent()
     tuned = fit(
         out=str(tmp_path / "tuned"),
         reporter=silent,
-        **(FAST | dict(init=str(tmp_path / "w.pt"), img_size=12, lr=0.0, steps=1)),
+        **(FAST | {"init": str(tmp_path / "w.pt"), "img_size": 12, "lr": 0.0, "steps": 1}),
     )
     after = load_checkpoint(tuned.checkpoint)["weights"]
     assert torch.equal(after["blocks.0.attn.qkv.weight"], before["blocks.0.attn.qkv.weight"])
@@ -414,25 +428,19 @@ def test_fine_tuning_from_a_checkpoint_of_other_classes_and_size(tmp_path):
     # a vitfast checkpoint of the same classes keeps its head
     same = train(tmp_path / "same", init=str(source.checkpoint), lr=0.0, steps=1)
     assert_same_state(load_checkpoint(same.checkpoint)["weights"], before)
-    with pytest.raises(ValueError, match="missing: blocks.1"):
+    with pytest.raises(ValueError, match=r"missing: blocks\.1"):
         train(tmp_path / "deeper", init=str(source.checkpoint), model_args=TINY_VIT | {"depth": 2})
 
 
-def test_sincos_start_has_its_scales(tmp_path):
-    settings = dict(weight_init="sincos", model_args={"depth": 1}, lr=0.0, steps=1)
+def test_lecun_start_has_its_scales(tmp_path):
+    settings = {"weight_init": "lecun", "model_args": {"depth": 1}, "lr": 0.0, "steps": 1}
     weights = load_checkpoint(train(tmp_path, **settings).checkpoint)["weights"]
-    expected = {"attn.qkv": 128**-0.5, "attn.proj": 128**-0.5, "mlp.fc1": (2 / 640) ** 0.5, "mlp.fc2": (2 / 640) ** 0.5}
+    expected = {"attn.qkv": 128**-0.5, "attn.proj": 128**-0.5, "mlp.fc1": 128**-0.5, "mlp.fc2": 512**-0.5}
     for name, std in expected.items():
         assert weights[f"blocks.0.{name}.weight"].std().item() == pytest.approx(std, rel=0.03)
-    assert (weights["head.weight"] == 0).all()
-    positions = weights["pos_embed"][0]  # 4 x 4 grid, row by row
-    torch.testing.assert_close(positions.square().sum(dim=1), torch.full((16,), 64.0))  # 32 angles for each coordinate
-    torch.testing.assert_close(positions[:, 0], torch.arange(4.0).sin().repeat(4))  # the fastest sine, of the column
-    torch.testing.assert_close(positions[:, 64], torch.arange(4.0).sin().repeat_interleave(4))  # and of the row
+    assert weights["pos_embed"].std().item() == pytest.approx(0.5, rel=0.1)
     with pytest.raises(ValueError, match="weight_init must be 'model' for SmallResNet"):
-        train(tmp_path / "resnet", **(RESNET | {"weight_init": "sincos"}))
-    with pytest.raises(ValueError, match="divisible by 4; got 6"):
-        sincos_positions(2, 6)
+        train(tmp_path / "resnet", **(RESNET | {"weight_init": "lecun"}))
 
 
 def test_source_recipes_take_their_own_normalisation(tmp_path):
@@ -446,25 +454,25 @@ def test_source_recipes_take_their_own_normalisation(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(lr=-1.0), "lr must be at least 0; got -1.0"),
-        (dict(lr=float("nan")), "lr must be a finite number; got nan"),
-        (dict(epochs=0), "epochs must be at least 1; got 0"),
-        (dict(optimizer="lion"), "optimizer must be one of adamw, sgd; got 'lion'"),
-        (dict(label_smoothing=1.0), "label_smoothing must be at least 0 and below 1"),
-        (dict(crop_scale=0.0), "crop_scale must be above 0 and at most 1"),
-        (dict(std=(0.0,)), "std must be above 0"),
-        (dict(batchsize=3), "no such training option: batchsize"),
+        ({"lr": -1.0}, "lr must be at least 0; got -1.0"),
+        ({"lr": float("nan")}, "lr must be a finite number; got nan"),
+        ({"epochs": 0}, "epochs must be at least 1; got 0"),
+        ({"optimizer": "lion"}, "optimizer must be one of adamw, sgd; got 'lion'"),
+        ({"label_smoothing": 1.0}, "label_smoothing must be at least 0 and below 1"),
+        ({"crop_scale": 0.0}, "crop_scale must be above 0 and at most 1"),
+        ({"std": (0.0,)}, "std must be above 0"),
+        ({"batchsize": 3}, "no such training option: batchsize"),
         (
-            dict(batch_size=1000, accumulate=2),
+            {"batch_size": 1000, "accumulate": 2},
             "batch_size x accumulate must be at most the 1438 training images; got 1000 x 2",
         ),
-        (dict(warmup_steps=22), "warmup_steps must be below the run's 22 steps; got 22"),
-        (dict(device="tpu"), "device must be auto, cpu, cuda or cuda:N; got 'tpu'"),
-        (dict(device="cuda:99"), "device cuda:99 is not there"),
-        (dict(img_size=9), "img_size must be a multiple of the patch size 2"),
-        (dict(model="vit_tiny_patch2_9"), "unknown model name 'vit_tiny_patch2_9'; nearest: vit_tiny_patch2_8"),
-        (dict(recipe="digits"), "recipe must be one of digits-vit, .*; got 'digits'"),
-        (dict(config=TrainConfig()), "give either a config or a recipe with overrides"),
+        ({"warmup_steps": 22}, "warmup_steps must be below the run's 22 steps; got 22"),
+        ({"device": "tpu"}, "device must be auto, cpu, cuda or cuda:N; got 'tpu'"),
+        ({"device": "cuda:99"}, "device cuda:99 is not there"),
+        ({"img_size": 9}, "img_size must be a multiple of the patch size 2"),
+        ({"model": "vit_tiny_patch2_9"}, "unknown model name 'vit_tiny_patch2_9'; nearest: vit_tiny_patch2_8"),
+        ({"recipe": "digits"}, "recipe must be one of digits-vit, .*; got 'digits'"),
+        ({"config": TrainConfig()}, "give either a config or a recipe with overrides"),
     ],
 )
 def test_bad_settings_are_named(tmp_path, settings, message):

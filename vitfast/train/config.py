@@ -40,8 +40,8 @@ class TrainConfig:
         default="model",
         metadata=_about(
             "model",
-            "model: as vitfast.create_model starts; sincos (ViT only): Glorot weights, sine-cosine positions, for short runs",
-            choices=("model", "sincos"),
+            "model: as vitfast.create_model starts; lecun (ViT only): for narrow models and short runs",
+            choices=("model", "lecun"),
         ),
     )
     backend: str = field(
