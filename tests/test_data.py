@@ -354,7 +354,7 @@ def test_file_batches_do_not_depend_on_workers_or_the_global_generator(tmp_path)
     write_folder(tmp_path, {"ant": 6, "bee": 6})
     dataset = load_dataset("folder", tmp_path)
     assert isinstance(dataset.train, FileSplit)
-    settings = dict(batch_size=4, crop_scale=0.5, flip=True, rotate=5.0, crop_padding=2)
+    settings = {"batch_size": 4, "crop_scale": 0.5, "flip": True, "rotate": 5.0, "crop_padding": 2}
     results = []
     for workers in (0, 1):
         torch.manual_seed(workers)

@@ -18,7 +18,6 @@ _HOMES = {
     "RECIPES": "recipes",
     "TrainConfig": "config",
     "TrainingError": "engine",
-    "evaluate": "evaluate",
     "fit": "run",
     "load_checkpoint": "checkpoint",
     "load_dataset": "data",

@@ -36,6 +36,14 @@ class TrainConfig:
             "start from these weights: a vitfast checkpoint, a state dict with timm's names (.pt, .safetensors) or Google's .npz",
         ),
     )
+    weight_init: str = field(
+        default="model",
+        metadata=_about(
+            "model",
+            "model: as vitfast.create_model starts; lecun (ViT only): for narrow models and short runs",
+            choices=("model", "lecun"),
+        ),
+    )
     backend: str = field(
         default="auto",
         metadata=_about("model", "backend of vitfast's ops", choices=("auto", "torch", "cpu", "triton", "cuda")),

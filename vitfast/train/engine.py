@@ -23,7 +23,7 @@ from vitfast.train import run_folder
 from vitfast.train.config import TrainConfig
 from vitfast.train.data import Dataset, DatasetInfo, TensorSplit, load_dataset
 from vitfast.train.evaluate import autocast, evaluate
-from vitfast.train.initial import load_initial
+from vitfast.train.initial import lecun_init, load_initial
 from vitfast.train.loader import eval_batches, train_batches
 from vitfast.train.metrics import Meter, MetricsLog
 from vitfast.train.optim import build_optimizer, lr_factor, set_lr
@@ -97,6 +97,8 @@ class Trainer:
         }
         torch.manual_seed(config.seed)
         self.model = vitfast.create_model(config.model, backend=config.backend, **self.model_kwargs)
+        if config.weight_init == "lecun":
+            lecun_init(self.model)
         if config.init and saved is None:
             for line in load_initial(self.model, Path(config.init), len(self.info.class_names)):
                 reporter.message(f"{config.init}: {line}")
