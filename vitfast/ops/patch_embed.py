@@ -75,9 +75,12 @@ def _forward(
 ) -> Tensor:
     kernels = choose("patch_embed", weight, backend, dtype, out_dtype)
     constants = _pixel_constants(scale, shift, images, dtype)
-    patches = kernels.patchify(images, weight.shape[-1], *constants, dtype)
+    B, _, height, width = images.shape
+    P = weight.shape[-1]
+    patches = kernels.patchify(images, P, *constants, dtype)
     projected = linear(patches, weight.flatten(1).to(dtype), None)
-    return kernels.assemble_tokens(projected, images.shape[0], bias, pos_embed, prefix, out_dtype)
+    N = (height // P) * (width // P)
+    return kernels.assemble_tokens(projected, B, N, bias, pos_embed, prefix, out_dtype)
 
 
 def _fake_forward(

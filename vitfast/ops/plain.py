@@ -201,6 +201,7 @@ def unpatchify(d_patches: Tensor, patch: int, scale_C: Tensor, shape: tuple[int,
 def assemble_tokens(
     projected: Tensor,
     images: int,
+    patches: int,
     bias_D: Tensor | None,
     pos_embed: Tensor | None,
     prefix_RD: Tensor | None,
@@ -208,7 +209,7 @@ def assemble_tokens(
 ) -> Tensor:
     """Projected patches [B * N, D] + bias + position, behind the prefix tokens -> [B, R + N, D] ``dtype``."""
     D = projected.shape[1]
-    tokens = _wide(projected).view(images, projected.shape[0] // max(images, 1), D)
+    tokens = _wide(projected).view(images, patches, D)
     if bias_D is not None:
         tokens = tokens + _wide(bias_D)
     with_prefix = pos_embed is not None and pos_embed.shape[0] != tokens.shape[1]

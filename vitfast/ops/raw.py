@@ -183,13 +183,14 @@ class RawKernels:
         self,
         projected: Tensor,
         images: int,
+        patches: int,
         bias: Tensor | None,
         pos_embed: Tensor | None,
         prefix: Tensor | None,
         dtype: torch.dtype,
     ) -> Tensor:
-        R, N = 0 if prefix is None else prefix.shape[0], projected.shape[0] // max(images, 1)
-        tokens = projected.new_empty(images, R + N, projected.shape[1], dtype=dtype)
+        R = 0 if prefix is None else prefix.shape[0]
+        tokens = projected.new_empty(images, R + patches, projected.shape[1], dtype=dtype)
         self.functions.assemble_tokens(projected, _f32(bias), _f32(pos_embed), _f32(prefix), tokens)
         return tokens
 
