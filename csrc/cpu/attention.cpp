@@ -13,7 +13,7 @@ namespace vitfast {
 AttentionShape check_attention(const Tensor& qkv, const OptionalTensor& bias, const Tensor& cu_seqlens,
                                int64_t max_seqlen) {
     check("qkv", qkv, Device::kCpu, {ScalarType::Float, ScalarType::BFloat16}, {-1, 3, -1, -1});
-    AttentionShape shape{qkv.size(0), qkv.size(2), qkv.size(3), max_seqlen, {}};
+    AttentionShape shape{qkv.size(0), qkv.size(2), qkv.size(3), 0, {}};
     if (shape.head_dim < 1 || shape.head_dim > 256) fail("qkv has head dim ", shape.head_dim, "; allowed: 1 to 256");
     check("cu_seqlens", cu_seqlens, Device::kCpu, {ScalarType::Int}, {-1});
     const int64_t sequences = cu_seqlens.numel() - 1;
@@ -28,6 +28,7 @@ AttentionShape check_attention(const Tensor& qkv, const OptionalTensor& bias, co
         if (length < 0 || length > max_seqlen) {
             fail("cu_seqlens gives sequence ", s, " the length ", length, "; allowed: 0 to max_seqlen, ", max_seqlen);
         }
+        shape.longest = std::max(shape.longest, length);
         for (int64_t h = 0; h < shape.heads && length > 0; ++h) shape.items.push_back({s, h, starts[s], length});
     }
     if (bias.has_value()) {
@@ -58,9 +59,9 @@ int64_t query_block(int64_t length) {
 
 template <class Y>
 void run_forward(const AttentionForward<Y>& args, const AttentionShape& shape) {
-    const int64_t block = query_block(shape.max_seqlen);
+    const int64_t block = query_block(shape.longest);
     const int64_t threads = torch::stable::get_num_threads();
-    const int64_t columns = (shape.max_seqlen + 15) / 16 * 16, width = (shape.head_dim + 15) / 16 * 16;
+    const int64_t columns = (shape.longest + 15) / 16 * 16, width = (shape.head_dim + 15) / 16 * 16;
     const int64_t words = (2 * columns + 2 * block) * width + 2 * block * columns + block;
     // Few heads: the queries of each are split as well, at the price of packing K and V once per part.
     const int64_t items = shape.items.size();
@@ -77,7 +78,7 @@ void run_forward(const AttentionForward<Y>& args, const AttentionShape& shape) {
             if (begin >= end) continue;
             const bool pack = packed != i / parts;
             packed = i / parts;
-            VITFAST_DISPATCH(attention_forward_queries(args, item, begin, end, block, shape.max_seqlen, pack, scratch));
+            VITFAST_DISPATCH(attention_forward_queries(args, item, begin, end, block, shape.longest, pack, scratch));
         }
     });
 }

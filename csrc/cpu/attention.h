@@ -77,8 +77,8 @@ class Scratch {
 
 // Checked sizes and the work list of one call.
 struct AttentionShape {
-    int64_t rows, heads, head_dim, max_seqlen;
-    std::vector<HeadOfSequence> items;  // sequences of length 0 left out
+    int64_t rows, heads, head_dim, longest;  // longest: of the sequences there are, at most max_seqlen
+    std::vector<HeadOfSequence> items;       // sequences of length 0 left out
 };
 
 AttentionShape check_attention(const Tensor& qkv, const OptionalTensor& bias, const Tensor& cu_seqlens,

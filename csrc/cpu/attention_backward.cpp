@@ -62,8 +62,8 @@ void run_backward(const AttentionBackward<Y>& args, const AttentionShape& shape,
     } else {
         for (const HeadOfSequence& item : shape.items) units.push_back({0, {item}});
     }
-    const int64_t block = query_block(shape.max_seqlen), threads = torch::stable::get_num_threads();
-    const int64_t columns = (shape.max_seqlen + 15) / 16 * 16, width = (shape.head_dim + 15) / 16 * 16;
+    const int64_t block = query_block(shape.longest), threads = torch::stable::get_num_threads();
+    const int64_t columns = (shape.longest + 15) / 16 * 16, width = (shape.head_dim + 15) / 16 * 16;
     const int64_t words = 5 * columns * width + 5 * block * width + 5 * block * columns;
     std::atomic<int64_t> next{0};
     const int64_t count = units.size();
@@ -76,7 +76,7 @@ void run_backward(const AttentionBackward<Y>& args, const AttentionShape& shape,
                 slice = sums + units[i].slice * slice_size;
             }
             for (const HeadOfSequence& item : units[i].items) {
-                VITFAST_DISPATCH(attention_backward_head(args, item, block, shape.max_seqlen, scratch, slice));
+                VITFAST_DISPATCH(attention_backward_head(args, item, block, shape.longest, scratch, slice));
             }
         }
     });
