@@ -142,5 +142,5 @@ def activation_backward(
         h, d_act, d_h, act, partials, T, F, kind, is_fast(h.dtype), config.rows, config.columns,
         num_warps=config.warps, enable_fp_fusion=False,
     )  # fmt: skip
-    if partials is not None:
+    if partials is not None and d_bias is not None:
         sum_partials(partials, d_bias)

@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from . import activation, attention, attention_backward, configs, device, layer_norm, mlp, patch_embed, patchify
+from . import activation, attention_backward, attention_forward, configs, device, layer_norm, mlp, patch_embed, patchify
 
 CHIPS = {
     80: device.Device(arch=80, multiprocessors=108, shared_bytes=166912),  # A100
@@ -145,8 +145,8 @@ def attention_case(L: int, E: int, variant: str) -> Callable[[torch.dtype], None
         d_bias = meta(1, H, L, L) if variant == "bias" else None
         cu_seqlens = meta(BATCH + 1, dtype=torch.int32) if variant == "packed" else None
         seqlen = 0 if variant == "packed" else L
-        attention.attention_forward(qkv, E**-0.5, bias, cu_seqlens, L, out, lse, seqlen)
-        attention_backward.attention_backward(out, qkv, out, lse, E**-0.5, bias, cu_seqlens, L, qkv, d_bias, seqlen)
+        attention_forward.attention_forward(qkv, E**-0.5, bias, cu_seqlens, L, seqlen, out, lse)
+        attention_backward.attention_backward(out, qkv, out, lse, E**-0.5, bias, cu_seqlens, L, seqlen, qkv, d_bias)
 
     return launch
 
@@ -261,7 +261,7 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"{'arch':<7}{'dtype':<5}{'case':<34}{'kernel':<36} regs spills  shared warps blocks  tensor cores", flush=True
     )
-    rows, known = [], set()
+    rows, known = [], set[str]()
     for arch in options.arch:
         for name, launch, dtypes in cases(options.quick):
             for dtype in [d for d in dtypes if d in options.dtype and options.only in name]:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from . import device
-from .attention import bias_strides, count_sequences
+from .attention_forward import bias_strides, count_sequences
 from .attention_bias import attention_bias_gradient
 from .attention_tiles import (
     LOG2E,
@@ -298,9 +298,9 @@ def attention_backward(
     bias: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     max_seqlen: int,
+    seqlen: int,
     d_qkv: torch.Tensor,
     d_bias: torch.Tensor | None,
-    seqlen: int = 0,
 ) -> None:
     """d_qkv [T, 3, H, E] and d_bias (fp32, the bias's own shape) from d_out [T, H, E]; arguments as in attention_forward."""
     T, _, H, E = qkv.shape
@@ -333,4 +333,4 @@ def attention_backward(
                 num_warps=config.warps, num_stages=config.stages,
             )  # fmt: skip
     if d_bias is not None:
-        attention_bias_gradient(d_out, qkv, lse, delta, scale, bias, cu_seqlens, max_seqlen, d_bias, seqlen)
+        attention_bias_gradient(d_out, qkv, lse, delta, scale, bias, cu_seqlens, seqlen, d_bias)

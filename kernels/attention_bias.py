@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from . import device
-from .attention import bias_strides, count_sequences
+from .attention_forward import bias_strides, count_sequences
 from .attention_tiles import LOG2E, add_bias, bias_of, extent, load_row_sums, load_tile, multiply
 from .configs import bias_gradient_config, split_head_dim
 from .reduce import sum_partials
@@ -61,19 +61,18 @@ def attention_bias_gradient(
     d_out: torch.Tensor,
     qkv: torch.Tensor,
     lse: torch.Tensor,
-    delta: torch.Tensor,
+    delta: torch.Tensor | None,
     scale: float,
-    bias: torch.Tensor,
+    bias: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
-    max_seqlen: int,
-    d_bias: torch.Tensor,
     seqlen: int,
+    d_bias: torch.Tensor,
 ) -> None:
     """d_bias, fp32 and of the bias's shape, from the row sums lse and delta [H, T] (delta = sum over E of out * d_out)."""
     T, _, H, E = qkv.shape
     chip = device.device_properties(qkv.device)
     sequences = count_sequences(T, cu_seqlens, seqlen)
-    bias_sequences, bias_heads, L, _ = bias.shape
+    bias_sequences, bias_heads, L, _ = d_bias.shape
     config = bias_gradient_config(E, qkv.dtype, chip.arch)
     blocks = triton.cdiv(L, config.tile)
     tiles = bias_sequences * bias_heads * blocks * blocks

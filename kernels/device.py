@@ -29,7 +29,7 @@ def device_properties(device: torch.device) -> Device:
     return Device(
         arch=10 * properties.major + properties.minor,
         multiprocessors=properties.multi_processor_count,
-        shared_bytes=properties.shared_memory_per_block_optin,
+        shared_bytes=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
     )
 
 

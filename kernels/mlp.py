@@ -182,5 +182,5 @@ def linear_activation_backward(
         config.rows, config.columns, config.depth, ROW_GROUP, device.dot_precision(h.dtype),
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
     )  # fmt: skip
-    if partials is not None:
+    if partials is not None and d_bias is not None:
         sum_partials(partials, d_bias)

@@ -12,8 +12,17 @@ import triton.language as tl
 
 from . import device
 from .configs import patch_embed_config, patch_weight_config
-from .patchify import load_pixels, load_position, patch_grid, pixel_offsets
+from .patchify import assemble_tokens, load_pixels, load_position, patch_grid, patchify, pixel_offsets, unpatchify
 from .reduce import sum_partials
+
+__all__ = [
+    "assemble_tokens",
+    "patch_embed_forward",
+    "patch_embed_image_gradient",
+    "patch_embed_weight_gradient",
+    "patchify",
+    "unpatchify",
+]
 
 TRITON_TYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 

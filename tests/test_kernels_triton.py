@@ -11,7 +11,16 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton")
 
-from vitfast.kernels import activation, attention, attention_backward, configs, layer_norm, mlp, patch_embed, patchify
+from vitfast.kernels import (
+    activation,
+    attention_backward,
+    attention_forward,
+    configs,
+    layer_norm,
+    mlp,
+    patch_embed,
+    patchify,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter truncates to bf16 instead of rounding, and its bf16 products are wrong: there only fp32 and fp16 are tested.
@@ -216,8 +225,8 @@ def run_attention(qkv, bias, d_out, scale, lengths, packed=False, bias_gradient=
     seqlen = 0 if packed else lengths[0]
     out, lse, d_qkv = poisoned(T, H, E, dtype=qkv.dtype), poisoned(H, T), poisoned(*qkv.shape, dtype=qkv.dtype)
     d_bias = poisoned(*bias.shape) if bias is not None and bias_gradient else None
-    attention.attention_forward(qkv, scale, bias, *where, out, lse, seqlen)
-    attention_backward.attention_backward(d_out, qkv, out, lse, scale, bias, *where, d_qkv, d_bias, seqlen)
+    attention_forward.attention_forward(qkv, scale, bias, *where, seqlen, out, lse)
+    attention_backward.attention_backward(d_out, qkv, out, lse, scale, bias, *where, seqlen, d_qkv, d_bias)
     return {"out": out, "d_qkv": d_qkv, **({} if d_bias is None else {"d_bias": d_bias})}
 
 
@@ -276,7 +285,7 @@ FORCED = {  # each kernel with one, two and three chunks, and looped with and wi
 def test_attention_kernels(path, packed, E, dtype, monkeypatch):
     forward, backward = FORCED[path]
     monkeypatch.setattr(
-        attention, "attention_forward_config", lambda *_: configs.AttentionConfig(**forward, warps=4, stages=1)
+        attention_forward, "attention_forward_config", lambda *_: configs.AttentionConfig(**forward, warps=4, stages=1)
     )
     monkeypatch.setattr(
         attention_backward,
@@ -344,8 +353,8 @@ def test_attention_empty():
     none = poisoned(0, 3, 2, 16)
     out, lse = poisoned(0, 2, 16), poisoned(2, 0)
     bias, d_bias = rand(1, 1, 8, 8), poisoned(1, 1, 8, 8)
-    attention.attention_forward(none, 1.0, bias, None, 0, out, lse, 8)
-    attention_backward.attention_backward(out, none, out, lse, 1.0, bias, None, 0, none, d_bias, 8)
+    attention_forward.attention_forward(none, 1.0, bias, None, 0, 8, out, lse)
+    attention_backward.attention_backward(out, none, out, lse, 1.0, bias, None, 0, 8, none, d_bias)
     assert not d_bias.any()
 
 
