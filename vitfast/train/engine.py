@@ -132,6 +132,8 @@ class Trainer:
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
         self.curves_drawn = time.perf_counter()
         self.clock_started = time.perf_counter() - self.progress.seconds
+        if saved is None:
+            run_folder.clear(self.folder)  # not before: a mistake in the settings must not cost an earlier run
         self.metrics = MetricsLog(self.folder / run_folder.METRICS, self.progress.metrics_lines)
         config.save(self.folder / run_folder.CONFIG)
 

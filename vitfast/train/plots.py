@@ -49,7 +49,7 @@ def curves(metrics: Path, out: Path, title: str) -> None:
 def contact_sheet(
     images: Sequence[Tensor], labels: Sequence[str], out: Path, *, right: Sequence[bool | None] = (), columns: int = 6
 ) -> None:
-    """A grid of images (each uint8 [C, H, W], C 1 or 3) with its label below, to a PNG.
+    """A grid of images (each uint8 [C, H, W], C 1 or 3) with its label above it, to a PNG.
 
     right: per image whether the label is right (green), wrong (red) or not known (None, black).
     """
@@ -57,13 +57,13 @@ def contact_sheet(
         raise ValueError(f"images and labels must be as many, at least one; got {len(images)} and {len(labels)}")
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    size = (2.1 * columns, 2.5 * rows)
+    size = (1.9 * columns, 2.3 * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat:
         axis.set_axis_off()
     for i, (axis, image, label) in enumerate(zip(axes.flat, images, labels, strict=False)):
         color = {True: _RIGHT, False: _WRONG, None: "black"}[right[i] if right else None]
         axis.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255)
-        axis.set_title(label, fontsize=9, color=color, y=-0.02, va="top")
+        axis.set_title(label, fontsize=11, color=color)
     figure.savefig(out, dpi=110)
     plt.close(figure)

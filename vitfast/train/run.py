@@ -49,7 +49,7 @@ def fit(
     reporter = reporter or default_reporter()
     config, saved = _resolve(config, recipe, resume, overrides)
     if saved is None:
-        run_folder.prepare(config.run_folder, overwrite=overwrite)
+        run_folder.check(config.run_folder, overwrite=overwrite)
     flags = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     if config.deterministic:
         os.environ.setdefault(
