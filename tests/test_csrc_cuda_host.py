@@ -2,7 +2,7 @@
 
 T rows, D columns, F hidden columns, B images, N patches, R prefix tokens, P patch side.
 A test passes NaN-filled outputs, runs each kernel with its threads and blocks in order and in reverse and asks for the
-same bits. Error bound: at most twice plain PyTorch's own in the same dtype, plus a floor for fp32 rounding.
+same bits. Error bounds: tolerances.py.
 """
 
 import ctypes
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tolerances import assert_close_to_truth
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,7 +25,6 @@ PAIRS = [
     (torch.float32, torch.bfloat16),
     (torch.float16, torch.float16),
 ]
-FLOOR = 3e-6  # fp32 rounding over some hundred additions, relative to the largest element
 PROCESSORS = 1  # of the pretended GPU: few, so that a small test has blocks that take several rows
 
 
@@ -35,7 +35,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         pytest.skip("needs a C++ compiler to run the CUDA kernels on the CPU; found neither g++ nor c++")
     built = tmp_path_factory.mktemp("cuda_host") / "kernels.so"
     include = Path(torch.__file__).parent / "include"
-    flags = "-std=c++17 -O1 -fPIC -shared -ffp-contract=off -U_FORTIFY_SOURCE -Wno-unknown-pragmas -include cuda_emulator.h".split()
+    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-Wno-unknown-pragmas"]
+    flags += ["-U_FORTIFY_SOURCE", "-include", "cuda_emulator.h"]  # fortified longjmp refuses to change stacks
     folders = [f"-I{ROOT / 'tests' / 'cpp'}", f"-I{ROOT / 'csrc' / 'cuda'}", f"-I{include}"]
     source = str(ROOT / "tests" / "cpp" / "cuda_kernels_host.cpp")
     subprocess.run([compiler, *flags, *folders, source, "-o", str(built)], check=True)
@@ -107,18 +108,9 @@ def run(library: ctypes.CDLL, name: str, head: tuple, tensors: list, outputs: li
     return results[0]
 
 
-def assert_close(ours: Tensor, plain: Tensor, truth: Tensor, what: str) -> None:
-    """Largest error relative to the largest element, against twice plain PyTorch's."""
-    size = truth.abs().max().clamp_min(1e-30) if truth.numel() else torch.tensor(1.0, dtype=torch.float64)
-    error, allowed = (((t.double() - truth).abs().max() / size).item() if truth.numel() else 0.0 for t in (ours, plain))
-    assert error <= 2 * allowed + FLOOR, f"{what}: error {error:.3g}, plain PyTorch {allowed:.3g}"
-
-
 def random(*shape: int, dtype: torch.dtype = torch.float32, mean: float = 0.0) -> Tensor:
     return (torch.randn(*shape) + mean).to(dtype)
 
-
-# --- LayerNorm -------------------------------------------------------------------------------------------------------
 
 # Below one vector, odd, no multiple of 8, one to three steps of columns per lane, and two to eight warps a row.
 WIDTHS = [1, 7, 64, 192, 197, 384, 768, 1024, 1284, 2049, 8192]
@@ -163,10 +155,11 @@ def test_layer_norm_forward(library: ctypes.CDLL, dtypes: tuple, branch: bool) -
         stored = out[6] if branch else x
         if branch:
             exact = total_of(x.double(), b, scale.double(), drop.double())
-            assert_close(stored, total_of(x.float(), b, scale, drop).to(x_dtype), exact, f"total, D={width}")
+            plain = total_of(x.float(), b, scale, drop).to(x_dtype)
+            assert_close_to_truth(f"total, D={width}", stored, plain, exact, x_dtype)
         truth = torch.nn.functional.layer_norm(stored.double(), (width,), weight.double(), bias.double(), 1e-6)
         plain = torch.nn.functional.layer_norm(stored.float(), (width,), weight, bias, 1e-6).to(y_dtype)
-        assert_close(out[7], plain, truth, f"normed, D={width}")
+        assert_close_to_truth(f"normed, D={width}", out[7], plain, truth, out[7].dtype)
         torch.testing.assert_close(out[8].double(), stored.double().mean(1), rtol=1e-6, atol=1e-6)
         rstd = (stored.double().var(1, unbiased=False) + 1e-6).rsqrt()
         torch.testing.assert_close(out[9].double(), rstd, rtol=3e-6, atol=0)
@@ -180,6 +173,30 @@ def test_layer_norm_forward(library: ctypes.CDLL, dtypes: tuple, branch: bool) -
                 library, "layer_norm_forward", (x_dtype, y_dtype), tensors, [6], rows, width, rows // samples, 1e-6
             )
             assert torch.equal(added[6], stored), "scale_add_forward must give layer_norm_forward's total"
+
+
+# Place among the kernel's tensors and name of what layer_norm_gradients returns.
+GRADIENTS = [(9, "d_x"), (12, "d_weight"), (13, "d_bias"), (10, "d_branch"), (11, "d_scale")]
+
+
+def layer_norm_gradients(dtype: torch.dtype, total: Tensor, weight: Tensor, d_normed: Tensor, *others: Tensor | None):
+    """d_x, d_weight, d_bias and, with a branch, d_branch and d_scale, by autograd in dtype."""
+    d_total, branch, scale, drop = (None if t is None else t.to(dtype) for t in others)
+    t, w = total.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+    bias = torch.zeros_like(w).requires_grad_()
+    normed = torch.nn.functional.layer_norm(t, t.shape[1:], w, bias, 1e-6)
+    d_x, d_weight, d_bias = torch.autograd.grad(normed, [t, w, bias], d_normed.to(dtype))
+    d_x = d_x if d_total is None else d_x + d_total
+    if branch is None:
+        return [d_x, d_weight, d_bias]
+    d_branch = d_x * drop.repeat_interleave(len(t) // len(drop))[:, None]
+    return [
+        d_x,
+        d_weight,
+        d_bias,
+        d_branch if scale is None else d_branch * scale,
+        (d_branch * branch).sum(0),
+    ]
 
 
 @pytest.mark.parametrize("options", ["plain", "residual", "branch", "scale", "everything"])
@@ -200,33 +217,21 @@ def test_layer_norm_backward(library: ctypes.CDLL, dtypes: tuple, options: str) 
         rstd = (total.double().var(1, unbiased=False) + 1e-6).rsqrt().float()
         mean = total.double().mean(1).float()
 
-        def gradients(dtype: torch.dtype) -> list[Tensor]:
-            t = total.to(dtype).requires_grad_()
-            w, s, b = weight.to(dtype).requires_grad_(), torch.zeros(width, dtype=dtype).requires_grad_(), None
-            normed = torch.nn.functional.layer_norm(t, (width,), w, s, 1e-6)
-            d_x, d_w, d_s = torch.autograd.grad(normed, [t, w, s], d_normed.to(dtype))
-            d_x = d_x if d_total is None else d_x + d_total.to(dtype)
-            if branch is None:
-                return [d_x, d_w, d_s]
-            factor = drop.to(dtype).repeat_interleave(rows // samples)[:, None] if drop is not None else 1.0
-            b = d_x * factor
-            d_scale = (b * branch.to(dtype)).sum(0)
-            return [d_x, d_w, d_s, b if scale is None else b * scale.to(dtype), d_scale]
-
         has_branch, has_scale = branch is not None, scale is not None
         tensors = [d_normed, d_total, total, mean, rstd, weight, branch, scale, drop, torch.empty_like(total)]
         tensors += [torch.empty(rows, width, dtype=y_dtype) if has_branch else None]
         tensors += [torch.empty(width) if has_scale else None, torch.empty(width), torch.empty(width)]
-        out = run(
-            library, "layer_norm_backward", (x_dtype, y_dtype), tensors, [9, 10, 11, 12, 13], rows, width, rows // samples
-        )
-        truth, plain = gradients(torch.float64), gradients(torch.float32)
+        sizes = (rows, width, rows // samples)
+        out = run(library, "layer_norm_backward", (x_dtype, y_dtype), tensors, [9, 10, 11, 12, 13], *sizes)
+        given = (total, weight, d_normed, d_total, branch, scale, drop)
+        truth, plain = (layer_norm_gradients(dtype, *given) for dtype in (torch.float64, torch.float32))
         plain[0] = plain[0].to(x_dtype)
         if has_branch:
             plain[3] = plain[3].to(y_dtype)
-        for index, i, what in [(9, 0, "d_x"), (12, 1, "d_weight"), (13, 2, "d_bias"), (10, 3, "d_branch"), (11, 4, "d_scale")]:
+        for i, (index, what) in enumerate(GRADIENTS):
             if out[index] is not None:
-                assert_close(out[index], plain[i], truth[i], f"{what}, D={width}")
+                name = f"{what}, D={width}"
+                assert_close_to_truth(name, out[index], plain[i], truth[i], out[index].dtype)
 
 
 def test_layer_norm_without_rows(library: ctypes.CDLL) -> None:
@@ -253,7 +258,10 @@ def test_team_shapes(library: ctypes.CDLL, kind: int) -> None:
         assert blocks * teams >= min(rows, 132)
 
 
-# --- activation ------------------------------------------------------------------------------------------------------
+def gelu_reference(h: Tensor, d_act: Tensor, approximate: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    x = h.to(dtype).requires_grad_()
+    y = torch.nn.functional.gelu(x, approximate=approximate)
+    return y.detach(), torch.autograd.grad(y, x, d_act.to(dtype))[0]
 
 
 @pytest.mark.parametrize("kind", ["gelu", "gelu_tanh"])
@@ -269,19 +277,12 @@ def test_activation(library: ctypes.CDLL, dtype: torch.dtype, kind: str) -> None
         act = run(library, "activation_forward", (dtype,), [h, torch.empty_like(h)], [1], tanh, h.numel())[1]
         tensors = [h, d_act, torch.empty_like(h), torch.empty_like(h), torch.empty(width)]
         out = run(library, "activation_backward", (dtype,), tensors, [2, 3, 4], tanh, rows, width)
-        bare = run(
-            library, "activation_backward", (dtype,), [h, d_act, tensors[2], None, None], [2], tanh, rows, width
-        )
+        bare = run(library, "activation_backward", (dtype,), [h, d_act, tensors[2], None, None], [2], tanh, rows, width)
 
-        def reference(d: torch.dtype) -> tuple[Tensor, Tensor]:
-            x = h.to(d).requires_grad_()
-            y = torch.nn.functional.gelu(x, approximate=approximate)
-            return y.detach(), torch.autograd.grad(y, x, d_act.to(d))[0]
-
-        truth, plain = reference(torch.float64), reference(torch.float32)
-        assert_close(act, plain[0].to(dtype), truth[0], f"act {rows}x{width}")
-        assert_close(out[2], plain[1].to(dtype), truth[1], f"d_h {rows}x{width}")
-        assert_close(out[4], plain[1].sum(0), truth[1].sum(0), f"d_bias {rows}x{width}")
+        truth, plain = (gelu_reference(h, d_act, approximate, d) for d in (torch.float64, torch.float32))
+        assert_close_to_truth(f"act {rows}x{width}", act, plain[0].to(dtype), truth[0], act.dtype)
+        assert_close_to_truth(f"d_h {rows}x{width}", out[2], plain[1].to(dtype), truth[1], out[2].dtype)
+        assert_close_to_truth(f"d_bias {rows}x{width}", out[4], plain[1].sum(0), truth[1].sum(0), out[4].dtype)
         assert torch.equal(out[3], act), "backward must recompute forward's bits"
         assert torch.equal(bare[2], out[2])
 
@@ -290,9 +291,6 @@ def test_activation_without_rows(library: ctypes.CDLL) -> None:
     empty = torch.empty(0, 24)
     out = run(library, "activation_backward", (torch.float32,), [empty] * 4 + [torch.empty(24)], [4], 0, 0, 24)
     assert bool((out[4] == 0).all())
-
-
-# --- patch embedding -------------------------------------------------------------------------------------------------
 
 
 def geometry(images: Tensor, patch: int) -> list[int]:
@@ -320,20 +318,27 @@ def strided_views(images: Tensor) -> dict[str, Tensor]:
     }
 
 
+IMAGE_PAIRS = [
+    (torch.uint8, torch.bfloat16),
+    (torch.uint8, torch.float32),
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+]
+
+
 # 4 | P, 4 | P * P alone, odd P, more runs per patch than threads in a block, and a patch that leaves threads idle.
 @pytest.mark.parametrize(("patch", "grid"), [(16, (2, 3)), (14, (2, 2)), (3, (3, 5)), (40, (1, 2)), (12, (5, 4))])
 def test_patchify(library: ctypes.CDLL, patch: int, grid: tuple[int, int]) -> None:
     torch.manual_seed(patch)
     pixels = torch.randint(0, 256, (2, 3, grid[0] * patch, grid[1] * patch), dtype=torch.uint8)
     scale, shift = torch.rand(3) + 0.5, torch.randn(3)
-    for in_dtype, out_dtype in [(torch.uint8, torch.bfloat16), (torch.uint8, torch.float32), (torch.float32, torch.float32),
-                                (torch.bfloat16, torch.bfloat16)]:
+    for in_dtype, out_dtype in IMAGE_PAIRS:
         for name, images in strided_views(pixels.to(in_dtype)).items():
             exact = unfold(images.double() * scale.double()[:, None, None] + shift.double()[:, None, None], patch)
             plain = unfold(images.float() * scale[:, None, None] + shift[:, None, None], patch).to(out_dtype)
             tensors = [images, scale, shift, torch.empty(exact.shape, dtype=out_dtype)]
             out = run(library, "patchify", (in_dtype, out_dtype), tensors, [3], geometry(images, patch))
-            assert_close(out[3], plain, exact, f"{name} {in_dtype} -> {out_dtype}, P={patch}")
+            assert_close_to_truth(f"{name} {in_dtype} -> {out_dtype}, P={patch}", out[3], plain, exact, out[3].dtype)
 
 
 @pytest.mark.parametrize(("patch", "grid"), [(16, (2, 3)), (14, (2, 2)), (3, (3, 5)), (40, (1, 2))])
@@ -374,9 +379,6 @@ def test_assemble_tokens(library: ctypes.CDLL, dtypes: tuple, prefix_tokens: int
         if pos_embed is not None:
             expected[:, prefix_tokens + patches - count :] += pos_embed
         assert torch.equal(out, expected.to(x_dtype))
-
-
-# --- addresses past 2^31 ---------------------------------------------------------------------------------------------
 
 
 def test_index_maps_past_int32(library: ctypes.CDLL) -> None:

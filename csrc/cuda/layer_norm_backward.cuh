@@ -79,6 +79,7 @@ __device__ __forceinline__ void store_partial(const float (&sum)[CHUNKS][VEC], c
 #pragma unroll
             for (int i = 0; i < VEC; ++i) {
                 all[i] = sum[chunk][i];
+#pragma unroll 1
                 for (int other = 1; other < shape.teams; ++other) {
                     all[i] += scratch[(chunk * VEC + i) * shape.threads() + other * team.lanes + team.lane];
                 }

@@ -153,23 +153,39 @@ __global__ void __launch_bounds__(kForwardThreads)
     }
 }
 
+// Chunks of a row that the kernels without statistics have in flight at once.
+constexpr int kStreamChunks = 3;
+
 template <typename X, typename Y, int VEC>
 __global__ void __launch_bounds__(kForwardThreads)
     layer_norm_apply_kernel(const LayerNormApplyArgs<X, Y> args, const TeamShape shape) {
     const Team team(shape);
+    const int distance = team.lanes * VEC;
     for (int64_t row = shape.first_row(blockIdx.x, team.index); row < shape.rows; row += shape.row_stride()) {
-        const int64_t row_start = row * shape.width;
+        const int64_t start = row * shape.width;
         const float mean = args.mean[row];
         const float rstd = args.rstd[row];
-#pragma unroll 4
-        for (int column = team.lane * VEC; column < shape.width; column += team.lanes * VEC) {
-            const Raw<X, VEC> x = load<VEC>(args.total + row_start + column);
-            float total[VEC];
+        for (int first = team.lane * VEC; first < shape.width; first += distance * kStreamChunks) {
+            Raw<X, VEC> x[kStreamChunks] = {};
 #pragma unroll
-            for (int i = 0; i < VEC; ++i) {
-                total[i] = x[i];
+            for (int chunk = 0; chunk < kStreamChunks; ++chunk) {
+                const int column = first + chunk * distance;
+                if (column < shape.width) {
+                    x[chunk] = load<VEC>(args.total + start + column);
+                }
             }
-            store_normed<VEC>(args, total, mean, rstd, row_start + column, column);
+#pragma unroll
+            for (int chunk = 0; chunk < kStreamChunks; ++chunk) {
+                const int column = first + chunk * distance;
+                if (column < shape.width) {
+                    float total[VEC];
+#pragma unroll
+                    for (int i = 0; i < VEC; ++i) {
+                        total[i] = x[chunk][i];
+                    }
+                    store_normed<VEC>(args, total, mean, rstd, start + column, column);
+                }
+            }
         }
     }
 }
@@ -178,15 +194,29 @@ template <typename X, typename Y, int VEC>
 __global__ void __launch_bounds__(kForwardThreads)
     scale_add_forward_kernel(const LayerNormForwardArgs<X, Y> args, const TeamShape shape) {
     const Team team(shape);
+    const int distance = team.lanes * VEC;
     for (int64_t row = shape.first_row(blockIdx.x, team.index); row < shape.rows; row += shape.row_stride()) {
-        const int64_t row_start = row * shape.width;
+        const int64_t start = row * shape.width;
         const float drop = drop_path_of(args, row);
-#pragma unroll 2
-        for (int column = team.lane * VEC; column < shape.width; column += team.lanes * VEC) {
-            const Raw<X, VEC> x = load<VEC>(args.x + row_start + column);
-            const Raw<Y, VEC> branch = load<VEC>(args.branch + row_start + column);
-            float total[VEC];
-            add_branch<VEC>(args, x, branch, drop, row_start + column, column, total);
+        for (int first = team.lane * VEC; first < shape.width; first += distance * kStreamChunks) {
+            Raw<X, VEC> x[kStreamChunks] = {};
+            Raw<Y, VEC> branch[kStreamChunks] = {};
+#pragma unroll
+            for (int chunk = 0; chunk < kStreamChunks; ++chunk) {
+                const int column = first + chunk * distance;
+                if (column < shape.width) {
+                    x[chunk] = load<VEC>(args.x + start + column);
+                    branch[chunk] = load<VEC>(args.branch + start + column);
+                }
+            }
+#pragma unroll
+            for (int chunk = 0; chunk < kStreamChunks; ++chunk) {
+                const int column = first + chunk * distance;
+                if (column < shape.width) {
+                    float total[VEC];
+                    add_branch<VEC>(args, x[chunk], branch[chunk], drop, start + column, column, total);
+                }
+            }
         }
     }
 }

@@ -54,10 +54,14 @@ __device__ __forceinline__ void team_sum(float (&value)[COUNT], const Team& team
         }
     }
     team.barrier();
+#pragma unroll
     for (int i = 0; i < COUNT; ++i) {
         value[i] = 0.0f;
-        for (int warp = 0; warp < team.warps; ++warp) {
-            value[i] += scratch.sum[turn][i][first_warp + warp];
+#pragma unroll
+        for (int warp = 0; warp < kMaxBlockWarps; ++warp) {
+            if (warp < team.warps) {
+                value[i] += scratch.sum[turn][i][first_warp + warp];
+            }
         }
     }
     turn ^= 1;

@@ -4,6 +4,8 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <cstring>
+
 #include "host_device.h"
 
 namespace vitfast::cuda {
@@ -17,6 +19,28 @@ template <typename T, int N>
 struct alignas(sizeof(T) * N) Pack {
     T item[N];
 };
+
+// *p = pack in one instruction: nvcc splits the copy of a struct into words in some kernels, so the GPU's store is
+// spelled out.
+template <typename T, int N>
+VITFAST_HOST_DEVICE void store_pack(T* p, const Pack<T, N>& pack) {
+#ifdef __CUDA_ARCH__
+    constexpr int kBytes = sizeof(Pack<T, N>);
+    if constexpr (N > 1) {
+        static_assert(kBytes == 16 || kBytes == 8);
+        uint32_t word[kBytes / 4];
+        memcpy(word, &pack, kBytes);
+        if constexpr (kBytes == 16) {
+            asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(word[0]), "r"(word[1]), "r"(word[2]),
+                         "r"(word[3]));
+        } else {
+            asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(p), "r"(word[0]), "r"(word[1]));
+        }
+        return;
+    }
+#endif
+    *reinterpret_cast<Pack<T, N>*>(p) = pack;
+}
 
 // N elements of T as loaded, unconverted: what a kernel holds in registers between issuing a load and using it.
 template <typename T, int N>
@@ -51,7 +75,7 @@ VITFAST_HOST_DEVICE void store(T* p, const float (&value)[N]) {
         for (int j = 0; j < kPerPack; ++j) {
             pack.item[j] = static_cast<T>(value[i * kPerPack + j]);
         }
-        *reinterpret_cast<Pack<T, kPerPack>*>(p + i * kPerPack) = pack;
+        store_pack(p + i * kPerPack, pack);
     }
 }
 
