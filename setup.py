@@ -9,7 +9,8 @@ Environment:
   VITFAST_BUILD_CUDA    0: never build _C_cuda; 1: build it or fail. Unset: build it if torch was built for CUDA and a
                         toolkit with include/cuda_runtime.h is found. A build that starts and fails stops the install.
   CUDA_HOME, CUDA_PATH  the CUDA toolkit, before any other guess.
-  TORCH_CUDA_ARCH_LIST  GPU architectures, "8.0;9.0;10.0+PTX" if unset.
+  TORCH_CUDA_ARCH_LIST  GPU architectures. Unset: those of the GPUs here; without one "8.0+PTX", which newer GPUs compile
+                        for themselves when first loaded. A release sets "8.0;9.0;10.0+PTX".
   MAX_JOBS              compiler processes at a time.
 """
 
@@ -83,7 +84,8 @@ def extensions() -> tuple[list[Extension], dict[str, type]]:
     toolkit = wanted_cuda_toolkit(bool(CUDA_SOURCES), torch.version.cuda)
     if toolkit is not None:
         os.environ["CUDA_HOME"] = toolkit  # read by cpp_extension when it is imported
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX")
+        if not torch.cuda.is_available():
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0+PTX")
     from torch.utils import cpp_extension
 
     class BuildExtension(cpp_extension.BuildExtension):
