@@ -47,7 +47,16 @@ def main() -> None:
     resnet = fit(recipe="digits-resnet", out=str(out / "resnet"), overwrite=True)
     both_curves({"ViT": out / "vit", "ResNet-20": out / "resnet"}, out / "curves.png")
     command(
-        ["predict", "--checkpoint", str(vit.checkpoint), "--samples", "24", "--out", str(out / "predictions.png"), "--json"]
+        [
+            "predict",
+            "--checkpoint",
+            str(vit.checkpoint),
+            "--samples",
+            "24",
+            "--out",
+            str(out / "predictions.png"),
+            "--json",
+        ]
     )
 
     headline(f"How fast is it: {SPEED_MODEL}, batch {SPEED_BATCH}, {torch.get_num_threads()} CPU threads")

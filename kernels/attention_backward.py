@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from . import device
-from .attention_forward import bias_strides, count_sequences
 from .attention_bias import attention_bias_gradient
+from .attention_forward import bias_strides, count_sequences
 from .attention_tiles import (
     LOG2E,
     accumulate,

@@ -54,7 +54,9 @@ def test_no_op_imports_another_op() -> None:
     assert {"attention", "layer_norm", "mlp", "norm_mlp", "patch_embed"} <= ops
     for op in ops:
         others = {f"vitfast.ops.{other}" for other in ops - {op}}
-        found = {name for name in imports(ROOT / f"vitfast/ops/{op}.py") if any(name.startswith(o + ".") for o in others)}
+        found = {
+            name for name in imports(ROOT / f"vitfast/ops/{op}.py") if any(name.startswith(o + ".") for o in others)
+        }
         assert not found, f"{op} imports {found}"
 
 

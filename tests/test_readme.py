@@ -15,7 +15,9 @@ def test_there_are_three() -> None:
 
 
 @pytest.mark.parametrize("code", BLOCKS, ids=[re.findall(r"create_model|timm|fit", b)[0] for b in BLOCKS])
-def test_example_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_example_runs(
+    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
     printed = capsys.readouterr().out

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 
+from vitfast.ops.arguments import ACTIVATIONS, POLICIES
+from vitfast.ops.dispatch import NAMES as BACKENDS
+
 POOLINGS = ("token", "avg", "max", "avgmax", "map", "")
-ACTIVATIONS = ("gelu", "gelu_tanh")
-RECOMPUTES = ("none", "fused", "mlp", "block")
-BACKENDS = ("auto", "torch", "cpu", "triton", "cuda")
+RECOMPUTES = (*POLICIES, "block")
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)

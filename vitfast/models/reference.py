@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vitfast.layers.attention_pool import AttentionPoolLatent
 from vitfast.layers.block import Block
+from vitfast.layers.layer_scale import LayerScale
 from vitfast.layers.mlp import Mlp
 from vitfast.models.vit import VisionTransformer
 from vitfast.ops.patch_embed import patch_embed_ref
@@ -23,7 +24,7 @@ def reference_forward(model: VisionTransformer, images_BCHW: Tensor) -> Tensor:
     no DropPath here: compare in eval mode, or with their rates at 0.
     """
     embed = model.patch_embed
-    tokens = [token for token in (model.cls_token, model.reg_token) if token is not None]
+    tokens: list[Tensor] = [token for token in (model.cls_token, model.reg_token) if token is not None]
     x_BLD = patch_embed_ref(
         images_BCHW,
         embed.proj.weight,
@@ -50,7 +51,7 @@ def _norm(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def _scaled(layer_scale: nn.Module, x: Tensor) -> Tensor:
-    return x * layer_scale.gamma if hasattr(layer_scale, "gamma") else x
+    return x * layer_scale.gamma if isinstance(layer_scale, LayerScale) else x
 
 
 def _attention(block: Block, x_BLD: Tensor) -> Tensor:
