@@ -56,6 +56,15 @@ def train(out: Path, **settings):
     return fit(out=str(out), reporter=Silent(), **run, **(FAST | settings))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small are no faster on more threads, and much slower where other processes want the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def no_curves(request, monkeypatch):
     """Drawing takes half of a tiny run's time; one test is about it."""

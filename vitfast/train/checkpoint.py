@@ -13,6 +13,7 @@ A checkpoint is one torch.save file of tensors and plain values:
 import os
 import pickle
 import random
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,9 @@ def read_tensors(path: Path) -> Any:
                 return load_file(path)
             except SafetensorError as error:
                 raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # torch remarks on foreign pickles; the error below says more
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         first_line = str(error).strip().splitlines()[0]
         raise CheckpointError(

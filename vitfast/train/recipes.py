@@ -51,12 +51,14 @@ RECIPES = {
         {
             "model": "resnet20",
             "dataset": "digits",
-            "epochs": 12,
+            "epochs": 16,
             "batch_size": 64,
             "lr": 3e-3,
             "weight_decay": 0.05,
             "warmup_steps": 30,
             "rotate": 10.0,
+            "label_smoothing": 0.1,
+            "ema": 0.98,
         },
     ),
     "fashion-vit": Recipe(
