@@ -327,11 +327,15 @@ IMAGE_PAIRS = [
 
 
 # 4 | P, 4 | P * P alone, odd P, more runs per patch than threads in a block, and a patch that leaves threads idle.
-@pytest.mark.parametrize(("patch", "grid"), [(16, (2, 3)), (14, (2, 2)), (3, (3, 5)), (40, (1, 2)), (12, (5, 4))])
-def test_patchify(library: ctypes.CDLL, patch: int, grid: tuple[int, int]) -> None:
+# Channels: one, three (loaded together), and five (a group and a part of one).
+@pytest.mark.parametrize(
+    ("patch", "grid", "channels"),
+    [(16, (2, 3), 3), (14, (2, 2), 5), (3, (3, 5), 1), (40, (1, 2), 3), (12, (5, 4), 4)],
+)
+def test_patchify(library: ctypes.CDLL, patch: int, grid: tuple[int, int], channels: int) -> None:
     torch.manual_seed(patch)
-    pixels = torch.randint(0, 256, (2, 3, grid[0] * patch, grid[1] * patch), dtype=torch.uint8)
-    scale, shift = torch.rand(3) + 0.5, torch.randn(3)
+    pixels = torch.randint(0, 256, (2, channels, grid[0] * patch, grid[1] * patch), dtype=torch.uint8)
+    scale, shift = torch.rand(channels) + 0.5, torch.randn(channels)
     for in_dtype, out_dtype in IMAGE_PAIRS:
         for name, images in strided_views(pixels.to(in_dtype)).items():
             exact = unfold(images.double() * scale.double()[:, None, None] + shift.double()[:, None, None], patch)
@@ -407,3 +411,16 @@ def test_fast_div(library: ctypes.CDLL) -> None:
     edges = [1, 2, 3, 197, 2**16 + 1, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**32 + 7, 2**62 + 1]
     for a, b in itertools.product([0, *edges], edges):
         assert library.divide(ctypes.c_int64(a), ctypes.c_int64(b)) == a // b
+
+
+def test_registration() -> None:
+    """The built library loads without a GPU and registers every operator for CUDA tensors."""
+    try:
+        import vitfast._C
+        import vitfast._C_cuda  # noqa: F401
+    except ImportError as error:
+        pytest.skip(f"the CUDA extension is not built here: {error}")
+    names = ["layer_norm_forward", "layer_norm_apply", "layer_norm_backward", "scale_add_forward"]
+    names += ["activation_forward", "activation_backward", "patchify", "unpatchify", "assemble_tokens"]
+    for name in names:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"vitfast_C::{name}", "CUDA"), name

@@ -26,6 +26,23 @@ struct PatchifyArgs {
     PatchGeometry geometry;
 };
 
+// Channels of a run that are loaded before the first is stored.
+constexpr int kChannelsInFlight = 3;
+
+template <int VEC, bool CONTIGUOUS_RUN, typename In>
+__device__ __forceinline__ Raw<In, VEC> load_run(const In* plane, const int64_t (&pixel)[VEC]) {
+    if constexpr (CONTIGUOUS_RUN) {
+        return load<VEC>(plane + pixel[0]);
+    } else {
+        Raw<In, VEC> run;
+#pragma unroll
+        for (int i = 0; i < VEC; ++i) {
+            run.pack[0].item[i] = plane[pixel[i]];
+        }
+        return run;
+    }
+}
+
 // CONTIGUOUS_RUN: the VEC pixels of a run are neighbours in memory and aligned, so they load as one vector; otherwise
 // (channels last, P not a multiple of 4, odd offsets) each pixel is gathered, and channels that share lines meet in L1.
 template <typename In, typename Y, int VEC, bool CONTIGUOUS_RUN>
@@ -36,7 +53,7 @@ __global__ void __launch_bounds__(kPatchThreads)
     if (slot >= shape.slots) {
         return;
     }
-    const In* __restrict__ const images = args.images;
+    const In* const images = args.images;
     const int64_t stride = static_cast<int64_t>(gridDim.x) * shape.slots;
     for (int64_t row = static_cast<int64_t>(blockIdx.x) * shape.slots + slot; row < geometry.patches(); row += stride) {
         const int64_t corner = geometry.corner_offset(row);
@@ -52,28 +69,29 @@ __global__ void __launch_bounds__(kPatchThreads)
                     ++p;
                 }
             }
-            Y* __restrict__ out = args.patches + geometry.row_offset(row) + item * VEC;
-#pragma unroll 3
-            for (int channel = 0; channel < geometry.channels; ++channel) {
-                const In* const plane = images + channel * geometry.stride_c;
-                float value[VEC];
-                if constexpr (CONTIGUOUS_RUN) {
-                    const Raw<In, VEC> run = load<VEC>(plane + pixel[0]);
+            Y* const out = args.patches + geometry.row_offset(row) + item * VEC;
+            for (int first = 0; first < geometry.channels; first += kChannelsInFlight) {
+                Raw<In, VEC> run[kChannelsInFlight] = {};
 #pragma unroll
-                    for (int i = 0; i < VEC; ++i) {
-                        value[i] = run[i];
-                    }
-                } else {
-#pragma unroll
-                    for (int i = 0; i < VEC; ++i) {
-                        value[i] = static_cast<float>(plane[pixel[i]]);
+                for (int i = 0; i < kChannelsInFlight; ++i) {
+                    if (first + i < geometry.channels) {
+                        run[i] = load_run<VEC, CONTIGUOUS_RUN>(images + (first + i) * geometry.stride_c, pixel);
                     }
                 }
 #pragma unroll
-                for (int i = 0; i < VEC; ++i) {
-                    value[i] = fmaf(value[i], args.scale[channel], args.shift[channel]);
+                for (int i = 0; i < kChannelsInFlight; ++i) {
+                    const int channel = first + i;
+                    if (channel < geometry.channels) {
+                        const float scale = args.scale[channel];
+                        const float shift = args.shift[channel];
+                        float value[VEC];
+#pragma unroll
+                        for (int j = 0; j < VEC; ++j) {
+                            value[j] = fmaf(run[i][j], scale, shift);
+                        }
+                        store<VEC>(out + channel * geometry.area(), value);
+                    }
                 }
-                store<VEC>(out + channel * geometry.area(), value);
             }
         }
     }

@@ -125,6 +125,8 @@ inline void run_block(unsigned count, bool reverse) {
     while (left > 0) {
         bool progress = false;
         for (unsigned i = 0; i < count; ++i) {
+            // A warp that got somewhere goes first again: it runs as far ahead of the others as barriers let it.
+            if (progress && i % kWarp == 0) break;
             block.current = reverse ? count - 1 - i : i;
             Thread& thread = block.threads[block.current];
             if (!thread.can_run()) continue;
