@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from . import device
-from .attention_forward import bias_strides, count_sequences
 from .attention_bias import attention_bias_gradient
+from .attention_forward import bias_strides, count_sequences
 from .attention_tiles import (
     LOG2E,
     accumulate,
@@ -313,7 +313,8 @@ def attention_backward(
     sequences = count_sequences(T, cu_seqlens, seqlen)
     E0, E1 = split_head_dim(E)
     precision = device.dot_precision(qkv.dtype)
-    config = attention_backward_config(max_seqlen, E, qkv.dtype, device.device_properties(qkv.device).arch)
+    arch = device.device_properties(qkv.device).arch
+    config = attention_backward_config(max_seqlen, E, qkv.dtype, precision, arch, bias is not None)
     shape = (*bias_strides(bias), H, E, E0, E1)
     if config.chunks:
         delta = None if d_bias is None else torch.empty_like(lse)

@@ -220,10 +220,11 @@ def attention_forward(
     if T == 0 or max_seqlen == 0:
         return
     E0, E1 = split_head_dim(E)
-    config = attention_forward_config(max_seqlen, E, qkv.dtype, device.device_properties(qkv.device).arch)
+    precision = device.dot_precision(qkv.dtype)
+    arch = device.device_properties(qkv.device).arch
+    config = attention_forward_config(max_seqlen, E, qkv.dtype, precision, arch)
     blocks = triton.cdiv(max_seqlen, config.queries)
     grid = (blocks * H * count_sequences(T, cu_seqlens, seqlen),)
-    precision = device.dot_precision(qkv.dtype)
     arguments = (qkv, bias, cu_seqlens, out, lse, scale, seqlen, T, blocks, *bias_strides(bias), H, E, E0, E1)
     if config.chunks:
         _one_pass_kernel[grid](*arguments, config.queries, *config.chunks, precision, num_warps=config.warps)
