@@ -87,12 +87,13 @@ def split_head_dim(head_dim: int) -> tuple[int, int]:
     return first, second
 
 
-def tail_size(step: int, seqlen: int) -> int:
-    """Size of the last, masked step of a loop over a sequence; packed sequences (seqlen 0) can leave any rest."""
+def tail_size(step: int, seqlen: int, dtype: torch.dtype) -> int:
+    """Size of the masked steps that take what whole steps leave; packed sequences (seqlen 0) can leave anything."""
+    most = min(step, 16) if dtype == torch.float32 else step  # a masked step of 32 fp32 rows spills
     rest = seqlen % step
     if seqlen == 0:
-        return step
-    return cover(rest, 1)[0] if rest else 0
+        return most
+    return min(cover(rest, 1)[0], most) if rest else 0
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ def attention_backward_config(
         return AttentionBackwardConfig(own=0, step=step, chunks=(padded, 0, 0), warps=8 if padded > 64 else 4, stages=1)
     if arch >= 90:
         if head_dim <= 64:
-            return looped(64, 64, 4, stages=2)
+            return looped(64, 32 if biased else 64, 4, stages=2)
         return looped(64, 32, 8, stages=2) if head_dim <= 128 else looped(64, 16, 8)
     if head_dim <= 64:
         return looped(64, 32, 8)
