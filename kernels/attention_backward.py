@@ -117,10 +117,11 @@ def _keys_kernel(
             scale_log2, bias_length, length, H, E, E0, E1, M, False, PRECISION,
         )  # fmt: skip
     if TAIL > 0:
-        dk0, dk1, dv0, dv1 = _keys_from_queries(
-            k0, k1, v0, v1, dk0, dk1, dv0, dv1, queries, gradients, matrix, lse + sums, delta + sums, whole, cols,
-            scale_log2, bias_length, length, H, E, E0, E1, TAIL, True, PRECISION,
-        )  # fmt: skip
+        for begin in tl.range(whole, length, TAIL, num_stages=1):
+            dk0, dk1, dv0, dv1 = _keys_from_queries(
+                k0, k1, v0, v1, dk0, dk1, dv0, dv1, queries, gradients, matrix, lse + sums, delta + sums, begin, cols,
+                scale_log2, bias_length, length, H, E, E0, E1, TAIL, True, PRECISION,
+            )  # fmt: skip
     target = d_qkv + start * 3 * H * E + head * E
     store_tile(target + H * E, dk0 * scale, dk1 * scale, cols, 3 * H * E, length, E, E0, E1)
     store_tile(target + 2 * H * E, dv0, dv1, cols, 3 * H * E, length, E, E0, E1)
@@ -171,10 +172,11 @@ def _queries_kernel(
             scale_log2, bias_length, length, H, E, E0, E1, N, False, PRECISION,
         )  # fmt: skip
     if TAIL > 0:
-        dq0, dq1 = _queries_step(
-            q0, q1, g0, g1, dq0, dq1, base + H * E, base + 2 * H * E, matrix, row_lse, row_delta, rows, whole,
-            scale_log2, bias_length, length, H, E, E0, E1, TAIL, True, PRECISION,
-        )  # fmt: skip
+        for begin in tl.range(whole, length, TAIL, num_stages=1):
+            dq0, dq1 = _queries_step(
+                q0, q1, g0, g1, dq0, dq1, base + H * E, base + 2 * H * E, matrix, row_lse, row_delta, rows, begin,
+                scale_log2, bias_length, length, H, E, E0, E1, TAIL, True, PRECISION,
+            )  # fmt: skip
     target = d_qkv + start * 3 * H * E + head * E
     store_tile(target, dq0 * scale, dq1 * scale, rows, 3 * H * E, length, E, E0, E1)
 
@@ -313,7 +315,8 @@ def attention_backward(
     sequences = count_sequences(T, cu_seqlens, seqlen)
     E0, E1 = split_head_dim(E)
     precision = device.dot_precision(qkv.dtype)
-    config = attention_backward_config(max_seqlen, E, qkv.dtype, device.device_properties(qkv.device).arch)
+    arch = device.device_properties(qkv.device).arch
+    config = attention_backward_config(max_seqlen, E, qkv.dtype, precision, arch, bias is not None)
     shape = (*bias_strides(bias), H, E, E0, E1)
     if config.chunks:
         delta = None if d_bias is None else torch.empty_like(lse)
@@ -329,7 +332,7 @@ def attention_backward(
             blocks = triton.cdiv(max_seqlen, config.own)
             kernel[(blocks * H * sequences,)](
                 d_out, qkv, bias, cu_seqlens, lse, delta, d_qkv, scale, seqlen, T, blocks, *shape,
-                config.own, config.step, tail_size(config.step, seqlen), precision,
+                config.own, config.step, tail_size(config.step, seqlen, qkv.dtype), precision,
                 num_warps=config.warps, num_stages=config.stages,
             )  # fmt: skip
     if d_bias is not None:

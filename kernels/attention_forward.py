@@ -157,7 +157,10 @@ def _looped_kernel(
     H: tl.constexpr, E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Whole steps of N keys without masks, then the rest in one step of TAIL keys (577 = 9 * 64 + 1: a tail of 16)."""
+    """Whole steps of N keys without masks, then the rest in steps of TAIL keys (577 = 9 * 64 + 1: one tail of 16).
+
+    The tail is a loop even where it runs once: as straight code its loads are all issued at once and spill.
+    """
     block, head, sequence, start, length = locate(cu_seqlens, seqlen, blocks, H)
     if block * M >= length:
         return
@@ -179,10 +182,11 @@ def _looped_kernel(
             E, E0, E1, N, False, PRECISION,
         )  # fmt: skip
     if TAIL > 0:
-        sum0, sum1, peak, total = _online_step(
-            q0, q1, keys, values, matrix, sum0, sum1, peak, total, rows, whole, scale_log2, stride, bias_length, length,
-            E, E0, E1, TAIL, True, PRECISION,
-        )  # fmt: skip
+        for begin in tl.range(whole, length, TAIL, num_stages=1):
+            sum0, sum1, peak, total = _online_step(
+                q0, q1, keys, values, matrix, sum0, sum1, peak, total, rows, begin, scale_log2, stride, bias_length, length,
+                E, E0, E1, TAIL, True, PRECISION,
+            )  # fmt: skip
     _finish(out, lse, sum0, sum1, peak, total, rows, start, head, T, length, H, E, E0, E1)
 
 
@@ -220,15 +224,16 @@ def attention_forward(
     if T == 0 or max_seqlen == 0:
         return
     E0, E1 = split_head_dim(E)
-    config = attention_forward_config(max_seqlen, E, qkv.dtype, device.device_properties(qkv.device).arch)
+    precision = device.dot_precision(qkv.dtype)
+    arch = device.device_properties(qkv.device).arch
+    config = attention_forward_config(max_seqlen, E, qkv.dtype, precision, arch)
     blocks = triton.cdiv(max_seqlen, config.queries)
     grid = (blocks * H * count_sequences(T, cu_seqlens, seqlen),)
-    precision = device.dot_precision(qkv.dtype)
     arguments = (qkv, bias, cu_seqlens, out, lse, scale, seqlen, T, blocks, *bias_strides(bias), H, E, E0, E1)
     if config.chunks:
         _one_pass_kernel[grid](*arguments, config.queries, *config.chunks, precision, num_warps=config.warps)
     else:
-        tail = tail_size(config.keys, seqlen)
+        tail = tail_size(config.keys, seqlen, qkv.dtype)
         _looped_kernel[grid](
             *arguments, config.queries, config.keys, tail, precision, num_warps=config.warps, num_stages=config.stages
         )

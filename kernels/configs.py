@@ -18,12 +18,16 @@ def next_power_of_two(n: int) -> int:
 
 @dataclass(frozen=True)
 class RowConfig:
-    """A tile of whole rows [rows, width], width the next power of two; `programs` per multiprocessor where it loops."""
+    """A tile of whole rows [rows, width], width the next power of two; `programs` per multiprocessor where it loops.
+
+    scale_apart: LayerScale's gradient is summed by a second kernel.
+    """
 
     rows: int
     width: int
     warps: int
     programs: int = 0
+    scale_apart: bool = False
 
 
 @functools.cache
@@ -45,7 +49,8 @@ def backward_rows(columns: int) -> RowConfig:
     if width <= 1024:
         return RowConfig(rows=min(1024 // width, 32), width=width, warps=4, programs=5)
     warps = min(width // 256, 16)
-    return RowConfig(rows=1, width=width, warps=warps, programs=20 // warps)
+    # 8192 columns are 16 per thread in 16 warps, where only 128 registers are left for each: a third sum would spill.
+    return RowConfig(rows=1, width=width, warps=warps, programs=20 // warps, scale_apart=width > 4096)
 
 
 @dataclass(frozen=True)
@@ -82,12 +87,13 @@ def split_head_dim(head_dim: int) -> tuple[int, int]:
     return first, second
 
 
-def tail_size(step: int, seqlen: int) -> int:
-    """Size of the last, masked step of a loop over a sequence; packed sequences (seqlen 0) can leave any rest."""
+def tail_size(step: int, seqlen: int, dtype: torch.dtype) -> int:
+    """Size of the masked steps that take what whole steps leave; packed sequences (seqlen 0) can leave anything."""
+    most = min(step, 16) if dtype == torch.float32 else step  # a masked step of 32 fp32 rows spills
     rest = seqlen % step
     if seqlen == 0:
-        return step
-    return cover(rest, 1)[0] if rest else 0
+        return most
+    return min(cover(rest, 1)[0], most) if rest else 0
 
 
 @dataclass(frozen=True)
@@ -99,31 +105,40 @@ class AttentionConfig:
     stages: int = 1
 
 
-def attention_why_not(head_dim: int, dtype: torch.dtype, precision: str) -> str | None:
-    """Why the attention kernels should not run, or None. `precision` is device.dot_precision's: "ieee" or "tf32"."""
-    if dtype != torch.float32:
-        limit, reason = 256, "a tile's operands no longer fit on the chip"
-    elif precision == "tf32":
-        limit, reason = 128, "fp32 operands spill out of registers"
-    else:
-        limit, reason = 96, "without tensor cores fp32 operands spill out of registers"
-    return None if head_dim <= limit else f"head dim {head_dim} with {dtype}: above {limit} {reason}"
+def attention_why_not(head_dim: int, dtype: torch.dtype) -> str | None:
+    """Why the attention kernels should not run, or None."""
+    limit = 96 if dtype == torch.float32 else 256
+    if head_dim <= limit:
+        return None
+    return f"head dim {head_dim} with {dtype}: above {limit} a tile's operands spill out of registers"
 
 
 @functools.cache
-def attention_forward_config(length: int, head_dim: int, dtype: torch.dtype, arch: int) -> AttentionConfig:
+def attention_forward_config(
+    length: int, head_dim: int, dtype: torch.dtype, precision: str, arch: int
+) -> AttentionConfig:
     if dtype == torch.float32:
-        # Without tensor cores (fp32 "ieee") a product's operands sit in registers: small tiles, many programs.
-        return AttentionConfig(queries=32, keys=32, chunks=(), warps=4, stages=1)
+        # Without tensor cores a product's operands sit in registers, 16 queries by 32 keys at the most.
+        if precision == "ieee":
+            return AttentionConfig(queries=16, keys=32, chunks=(), warps=4)
+        return AttentionConfig(queries=64, keys=32, chunks=(), warps=8)
     chunks = cover(length, 3)
     # One pass: a 64-row tile of 208 logits is 104 fp32 per thread in four warps, and with 96 columns of output and a bias all
-    # 255 registers are taken. Wider heads leave room for fewer logits.
-    if sum(chunks) <= (208 if head_dim <= 96 else 128 if head_dim <= 128 else 0):
+    # 255 registers are taken. Wider heads leave room for fewer logits, and so does Ampere, whose products take their operands
+    # from registers where Hopper's and Blackwell's read shared memory.
+    if arch >= 90:
+        limit = 208 if head_dim <= 96 else 128 if head_dim <= 128 else 0
+    else:
+        limit = 128 if head_dim <= 64 else 0
+    if sum(chunks) <= limit:
         return AttentionConfig(queries=64, keys=0, chunks=chunks, warps=4)
-    if head_dim <= 128:
-        # Ampere's products take their operands from registers, Hopper's and Blackwell's from shared memory.
-        return AttentionConfig(queries=64, keys=64 if arch >= 90 else 32, chunks=(), warps=4, stages=2)
-    return AttentionConfig(queries=64, keys=32, chunks=(), warps=8, stages=2)
+    if arch >= 90:
+        if head_dim <= 96:
+            return AttentionConfig(queries=64, keys=64, chunks=(), warps=4, stages=2)
+        return AttentionConfig(queries=64, keys=32, chunks=(), warps=8, stages=2)
+    if head_dim <= 96:
+        return AttentionConfig(queries=64, keys=32, chunks=(), warps=4 if head_dim <= 64 else 8, stages=2)
+    return AttentionConfig(queries=32, keys=32, chunks=(), warps=4)
 
 
 @dataclass(frozen=True)
@@ -139,18 +154,35 @@ DELTA_ROWS = 32
 
 
 @functools.cache
-def attention_backward_config(length: int, head_dim: int, dtype: torch.dtype, arch: int) -> AttentionBackwardConfig:
+def attention_backward_config(
+    length: int, head_dim: int, dtype: torch.dtype, precision: str, arch: int, biased: bool
+) -> AttentionBackwardConfig:
+    def looped(own: int, step: int, warps: int, stages: int = 1) -> AttentionBackwardConfig:
+        return AttentionBackwardConfig(own=own, step=step, chunks=(), warps=warps, stages=stages)
+
     if dtype == torch.float32:
-        return AttentionBackwardConfig(own=32, step=32, chunks=(), warps=4, stages=1)
+        if precision == "ieee":
+            return looped(16, 32, 4)  # 32 rows of their own spill already at head dim 64
+        return looped(64, 32, 8) if head_dim <= 64 else looped(16, 16, 4)
     # One pass keeps dK and dV of all keys in registers: 256 keys of 64 columns are 128 fp32 per thread in eight warps. Chunks
     # of unequal size cost layout conversions, so the keys are padded to one power of two here.
     padded = max(next_power_of_two(length), 64)
-    if padded <= (256 if head_dim <= 64 and arch >= 90 else 128 if head_dim <= 96 else 0):
+    if arch >= 90:
+        limit = 256 if head_dim <= 64 else 128 if head_dim <= 80 else 0
+    else:
+        limit = 64 if head_dim <= 64 else 0
+    if padded <= limit:
         step = 16 if padded == 256 else 32
         return AttentionBackwardConfig(own=0, step=step, chunks=(padded, 0, 0), warps=8 if padded > 64 else 4, stages=1)
-    if head_dim <= 96:
-        return AttentionBackwardConfig(own=64, step=64, chunks=(), warps=4, stages=2)
-    return AttentionBackwardConfig(own=64, step=32, chunks=(), warps=8, stages=1)
+    if arch >= 90:
+        if head_dim <= 64:
+            return looped(64, 32 if biased else 64, 4, stages=2)
+        return looped(64, 32, 8, stages=2) if head_dim <= 128 else looped(64, 16, 8)
+    if head_dim <= 64:
+        return looped(64, 32, 8)
+    # Ampere holds K and V of the whole loop as register operands; in two pieces (64 + 16, 64 + 32) with a bias only the
+    # smallest tile leaves room.
+    return looped(16, 16, 4) if head_dim <= 96 and biased else looped(32, 32, 8)
 
 
 @dataclass(frozen=True)
@@ -164,8 +196,10 @@ class BiasGradientConfig:
 def bias_gradient_config(head_dim: int, dtype: torch.dtype, arch: int) -> BiasGradientConfig:
     if dtype == torch.float32:
         return BiasGradientConfig(tile=32, warps=4, programs=4)
-    # Four operands of a 64-row tile: past 64 columns four warps spill.
-    return BiasGradientConfig(tile=64, warps=4 if head_dim <= 64 else 8, programs=4)
+    # Four operands of a tile: past 64 columns a 64-row tile needs eight warps, and Ampere 32 rows.
+    if arch >= 90:
+        return BiasGradientConfig(tile=64, warps=4 if head_dim <= 64 else 8, programs=4)
+    return BiasGradientConfig(tile=32, warps=4 if head_dim <= 96 else 8, programs=4)
 
 
 @dataclass(frozen=True)
@@ -191,7 +225,7 @@ def _small(columns: int, limit: int) -> int:
 @functools.cache
 def patch_embed_config(columns: int, depth: int, dtype: torch.dtype, arch: int) -> ProductConfig:
     if dtype == torch.float32:
-        return ProductConfig(rows=64, columns=_small(columns, 64), depth=_small(depth, 16), warps=4, stages=2)
+        return ProductConfig(rows=64, columns=_small(columns, 32), depth=_small(depth, 16), warps=4, stages=2)
     # Pixels pass through registers to be converted, so one tile of them should serve many columns; depth 64 is one wgmma
     # swizzle row of 128 bytes.
     return ProductConfig(rows=128, columns=_small(columns, 128), depth=_small(depth, 64), warps=8, stages=3)

@@ -120,6 +120,8 @@ def _backward_kernel(
         w = tl.load(weight + cols, mask=col_mask, other=0.0)[
             None, :
         ]  # from L1: held across rows it would spill at 8192
+        sum_weight += gradient * normal
+        sum_bias += gradient
         weighted = gradient * w  # 0 outside D, so the two row sums need no further mask
         along = tl.sum(weighted * normal, axis=1)[:, None] / D
         level = tl.sum(weighted, axis=1)[:, None] / D
@@ -127,8 +129,6 @@ def _backward_kernel(
         if d_total is not None:
             result += tl.load(d_total + at, mask=mask, other=0.0).to(tl.float32)
         tl.store(d_x + at, result.to(d_x.dtype.element_ty), mask=mask)
-        sum_weight += gradient * normal
-        sum_bias += gradient
         if d_branch is not None:
             gain = _branch_gain(scale, drop_path, rows, cols, row_mask, col_mask, rows_per_image)
             tl.store(d_branch + at, (result * gain).to(d_branch.dtype.element_ty), mask=mask)
@@ -142,6 +142,22 @@ def _backward_kernel(
     tl.store(out + G * D, tl.sum(sum_bias, axis=0), mask=cols < D)
     if SCALE_GRADIENT:
         tl.store(out + 2 * G * D, tl.sum(sum_scale, axis=0), mask=cols < D)
+
+
+@triton.jit(do_not_specialize=["T", "rows_per_image"])
+def _scale_gradient_kernel(
+    d_x, branch, drop_path, partials, T, rows_per_image, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """d_scale's column sums [G, D] on their own, for rows too wide to keep three sums in registers."""
+    total = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(T, BLOCK_T), tl.num_programs(0)):
+        rows, _cols, at, row_mask, _col_mask, mask = _tile(T, D, BLOCK_T, BLOCK_D, block)
+        added = tl.load(branch + at, mask=mask, other=0.0).to(tl.float32)
+        if drop_path is not None:
+            added = added * tl.load(drop_path + rows // rows_per_image, mask=row_mask, other=0.0)[:, None]
+        total += added * tl.load(d_x + at, mask=mask, other=0.0).to(tl.float32)
+    cols = tl.arange(0, BLOCK_D)
+    tl.store(partials + tl.program_id(0) * D + cols, tl.sum(total, axis=0), mask=cols < D)
 
 
 def _rows_per_image(T: int, drop_path: torch.Tensor | None) -> int:
@@ -247,8 +263,14 @@ def layer_norm_backward(
         triton.cdiv(T, config.rows), config.programs * device.device_properties(total.device).multiprocessors
     )
     partials = torch.empty(len(sums), programs, D, device=total.device, dtype=torch.float32)
+    rows_per_image = _rows_per_image(T, drop_path)
+    inside = d_scale is not None and not config.scale_apart
     _backward_kernel[(programs,)](
         d_normed, d_total, total, mean, rstd, weight, branch, scale, drop_path, d_x, d_branch, partials,
-        T, _rows_per_image(T, drop_path), D, config.rows, config.width, d_scale is not None, num_warps=config.warps,
+        T, rows_per_image, D, config.rows, config.width, inside, num_warps=config.warps,
     )  # fmt: skip
+    if d_scale is not None and config.scale_apart:
+        _scale_gradient_kernel[(programs,)](
+            d_x, branch, drop_path, partials[2], T, rows_per_image, D, config.rows, config.width, num_warps=config.warps
+        )
     sum_partials(partials, *sums)
