@@ -11,10 +11,10 @@ TESTS ?=
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
-	$(BIN)/python examples/demo.py --out runs/demo
+	@$(BIN)/python examples/demo.py --out runs/demo
 
 test: $(VENV)/.built
-	$(BIN)/python -m pytest $(TESTS)
+	@$(BIN)/python -m pytest $(TESTS)
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .
@@ -35,9 +35,11 @@ clean:
 	rm -rf build $(VENV) vitfast/*.so
 
 $(VENV)/.installed: pyproject.toml .ci/environment
-	PYTHON="$(PYTHON)" .ci/environment $(VENV)
-	touch $@
+	@PYTHON="$(PYTHON)" .ci/environment $(VENV)
+	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed setup.py $(SOURCES)
-	$(BIN)/python setup.py --quiet build_ext --inplace
-	touch $@
+	@mkdir -p build
+	@echo "vitfast: building the extension (log: build/log.txt)"
+	@$(BIN)/python setup.py build_ext --inplace >build/log.txt 2>&1 || { tail -n 40 build/log.txt; exit 1; }
+	@touch $@

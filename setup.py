@@ -6,6 +6,7 @@ vitfast/_C_cuda.abi3.so  csrc/cuda/*.cu + csrc/cuda/*.cpp; built where a CUDA to
 Both use PyTorch's stable ABI and Python's limited API: one build serves every Python >= 3.10 and torch >= 2.10.
 
 Environment:
+  VITFAST_BUILD         0: install without building (`make` builds in place afterwards).
   VITFAST_BUILD_CUDA    0: never build _C_cuda; 1: build it or fail. Unset: build it if torch was built for CUDA and a
                         toolkit with include/cuda_runtime.h is found. A build that starts and fails stops the install.
   CUDA_HOME, CUDA_PATH  the CUDA toolkit, before any other guess.
@@ -134,7 +135,7 @@ def extensions() -> tuple[list[Extension], dict[str, type]]:
     return found, {"build_ext": BuildExtension}
 
 
-ext_modules, cmdclass = extensions()
+ext_modules, cmdclass = ([], {}) if os.environ.get("VITFAST_BUILD") == "0" else extensions()
 setup(
     packages=find_packages(include=["vitfast", "vitfast.*"]),
     package_dir={"vitfast.kernels": "kernels", "vitfast.benchmarks": "benchmarks"},
