@@ -6,6 +6,8 @@ Writes runs/demo/: both training runs, curves.png, predictions.png and summary.j
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import statistics
 import time
@@ -141,6 +143,14 @@ def compare(plain: Callable[[], Any], fast: Callable[[], Any]) -> dict[str, floa
             times[name].append((time.perf_counter() - start) * 1e3)
     medians = {name: round(statistics.median(t), 1) for name, t in times.items()}
     return medians | {"speedup": round(medians["plain_ms"] / medians["vitfast_ms"], 3)}
+
+
+def picture(checkpoint: Path, target: Path, count: int = 24) -> None:
+    """Test images with what the model takes them for; `vitfast predict --samples` draws the same."""
+    with contextlib.redirect_stdout(io.StringIO()):  # the probabilities of each image
+        code = command(["predict", "--checkpoint", str(checkpoint), "--samples", str(count), "--out", str(target)])
+    if code:
+        raise SystemExit(code)
 
 
 def both_curves(folders: dict[str, Path], target: Path) -> None:

@@ -1,7 +1,7 @@
 """Matrix products of a linear layer, through the library that measures fastest on each device.
 
-On the CPU in fp32, PyTorch's own product can take a slow path of its BLAS (half the speed on AMD chips), so oneDNN is
-called by name; elsewhere ``F.linear`` and ``@`` already reach cuBLAS or oneDNN. Measurements: docs/decisions.md.
+On the CPU in fp32 oneDNN is called by name, since PyTorch goes to its BLAS there, which is slower on the chips we have
+measured; elsewhere ``F.linear`` and ``@`` already reach cuBLAS or oneDNN. Measurements: docs/decisions.md.
 
 Legend: T rows, I inputs, O outputs.
 """
@@ -47,7 +47,5 @@ def input_grad(d_out_TO: Tensor, weight_OI: Tensor) -> Tensor:
 
 
 def weight_grad(d_out_TO: Tensor, x_TI: Tensor) -> Tensor:
-    """dY^T X -> [O, I]."""
-    if _through_onednn(d_out_TO, torch.float32):
-        return torch.ops.mkldnn._linear_pointwise(d_out_TO.t(), x_TI.t(), None, "none", [], "")
+    """dY^T X -> [O, I]. Both operands are transposed for oneDNN, which makes it the slower one here."""
     return d_out_TO.t() @ x_TI
