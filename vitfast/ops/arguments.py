@@ -63,6 +63,17 @@ def cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if x is None else x.to(dtype)
 
 
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of means, variances and log-sum-exps: fp32, fp64 for fp64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def fake_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The shapes of a LayerNorm's mean and rstd, one number for each row of x [..., D]."""
+    mean = x.new_empty(x.shape[:-1].numel(), dtype=statistics_dtype(x))
+    return mean, torch.empty_like(mean)
+
+
 def nothing(like: Tensor) -> Tensor:
     """The empty tensor that ops return in place of a result that is not kept or not wanted."""
     return like.new_empty(0)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nn_functional
 
-from .arguments import nothing
+from .arguments import nothing, statistics_dtype
 from .dispatch import TABLE, choose, standard_backends
 from .library import register
 
@@ -64,13 +64,10 @@ def _forward(
     return kernels.attention_forward(qkv.contiguous(), scale, bias, cu_seqlens, max_seqlen)
 
 
-def _fake_forward(
-    qkv: Tensor, scale: float, bias: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int, backend: str
-) -> tuple[Tensor, Tensor]:
-    *batch, _, H, E = qkv.shape
-    statistics = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+def _fake_forward(qkv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    *batch, _three, H, E = qkv.shape
     out = qkv.new_empty((*batch, H, E))
-    return out, qkv.new_empty((H, out.shape[:-2].numel()), dtype=statistics)
+    return out, qkv.new_empty((H, out.shape[:-2].numel()), dtype=statistics_dtype(qkv))
 
 
 def _backward(
@@ -100,18 +97,8 @@ def _backward(
     return d_qkv, nothing(qkv) if d_bias is None or bias is None else d_bias.to(bias.dtype)
 
 
-def _fake_backward(
-    d_out: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    bias: Tensor | None,
-    cu_seqlens: Tensor | None,
-    max_seqlen: int,
-    want_bias: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _fake_backward(d_out: Tensor, qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    _out, _lse, _scale, bias, _cu_seqlens, _max_seqlen, want_bias, _backend = rest
     d_bias = nothing(qkv) if bias is None or not want_bias else bias.new_empty(bias.shape)
     return qkv.new_empty(qkv.shape), d_bias
 

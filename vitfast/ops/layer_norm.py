@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm as torch_layer_norm
 
-from .arguments import check_drop_path, check_shape, fake_gradients, gradients, nothing, rows
+from .arguments import check_drop_path, check_shape, fake_gradients, fake_statistics, gradients, nothing, rows
 from .compose import add_branch_ref
 from .dispatch import TABLE, choose, standard_backends
 from .library import register
@@ -59,11 +58,9 @@ def _forward(
 
 
 def _fake_forward(x: Tensor, branch: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
-    T = x.shape[:-1].numel()
-    statistics = torch.float64 if x.dtype == torch.float64 else torch.float32
     total = nothing(x) if branch is None else x.new_empty(x.shape)
     normed = x.new_empty(x.shape, dtype=x.dtype if branch is None else branch.dtype)
-    return total, normed, x.new_empty(T, dtype=statistics), x.new_empty(T, dtype=statistics)
+    return total, normed, *fake_statistics(x)
 
 
 def _backward(
@@ -95,18 +92,8 @@ def _backward(
     return gradients(grads, likes, [g is not None for g in grads], total)
 
 
-def _fake_backward(
-    d_normed: Tensor,
-    d_total: Tensor | None,
-    total: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-    branch: Tensor | None,
-    scale: Tensor | None,
-    drop_path: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, ...]:
+def _fake_backward(d_normed: Tensor, d_total: Tensor | None, total: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    _mean, _rstd, weight, branch, scale, _drop_path, _backend = rest
     has_branch = branch is not None
     return fake_gradients((total, branch, scale, weight, weight), (True, has_branch, has_branch, True, True), total)
 

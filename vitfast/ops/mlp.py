@@ -63,18 +63,10 @@ def _forward(
 
 
 def _fake_forward(
-    x: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    activation: str,
-    dtype: torch.dtype,
-    policy: str,
-    backend: str,
+    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    T = x.shape[:-1].numel()
-    h = x.new_empty((T, fc1_weight.shape[0]) if policy != "inference" else (0,), dtype=dtype)
+    *_, dtype, policy, _backend = rest
+    h = x.new_empty((x.shape[:-1].numel(), fc1_weight.shape[0]) if policy != "inference" else (0,), dtype=dtype)
     return x.new_empty((*x.shape[:-1], fc2_weight.shape[0]), dtype=dtype), h
 
 

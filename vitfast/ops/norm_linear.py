@@ -17,6 +17,7 @@ from .arguments import (
     check_policy,
     check_shape,
     fake_gradients,
+    fake_statistics,
     gradients,
     nothing,
     product_dtype,
@@ -56,24 +57,12 @@ def _forward(
     return out.view(*x.shape[:-1], weight.shape[0]), mean, rstd, normed if policy == "none" else nothing(normed)
 
 
-def _fake_forward(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-    policy: str,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    T, D = x.shape[:-1].numel(), x.shape[-1]
-    statistics = torch.float64 if x.dtype == torch.float64 else torch.float32
+def _fake_forward(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *_, dtype, policy, _backend = rest
     return (
         x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype),
-        x.new_empty(T, dtype=statistics),
-        x.new_empty(T, dtype=statistics),
-        x.new_empty((T, D) if policy == "none" else (0,), dtype=dtype),
+        *fake_statistics(x),
+        x.new_empty((x.shape[:-1].numel(), x.shape[-1]) if policy == "none" else (0,), dtype=dtype),
     )
 
 

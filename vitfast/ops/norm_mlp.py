@@ -19,6 +19,7 @@ from .arguments import (
     check_policy,
     check_shape,
     fake_gradients,
+    fake_statistics,
     gradients,
     nothing,
     product_dtype,
@@ -94,27 +95,13 @@ def _forward(
 
 
 def _fake_forward(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    scale: Tensor | None,
-    drop_path: Tensor | None,
-    eps: float,
-    activation: str,
-    dtype: torch.dtype,
-    policy: str,
-    backend: str,
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, fc1_weight: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
+    *_, dtype, policy, _backend = rest
     T, D, F = x.shape[:-1].numel(), x.shape[-1], fc1_weight.shape[0]
-    statistics = torch.float64 if x.dtype == torch.float64 else torch.float32
     return (
         x.new_empty(x.shape),
-        x.new_empty(T, dtype=statistics),
-        x.new_empty(T, dtype=statistics),
+        *fake_statistics(x),
         x.new_empty((T, F) if policy in ("none", "fused") else (0,), dtype=dtype),
         x.new_empty((T, D) if policy == "none" else (0,), dtype=dtype),
         x.new_empty((T, F) if policy == "none" else (0,), dtype=dtype),

@@ -83,18 +83,8 @@ def _forward(
     return kernels.assemble_tokens(projected, B, N, bias, pos_embed, prefix, out_dtype)
 
 
-def _fake_forward(
-    images: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    pos_embed: Tensor | None,
-    prefix: Tensor | None,
-    scale: list[float],
-    shift: list[float],
-    dtype: torch.dtype,
-    out_dtype: torch.dtype,
-    backend: str,
-) -> Tensor:
+def _fake_forward(images: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    _pos_embed, prefix, *_, out_dtype, _backend = rest
     B, _, height, width = images.shape
     R, P = 0 if prefix is None else prefix.shape[0], weight.shape[-1]
     return images.new_empty((B, R + (height // P) * (width // P), weight.shape[0]), dtype=out_dtype)
