@@ -73,6 +73,6 @@ def extension_status() -> dict[str, dict[str, Any]]:
                 torch.ops.load_library(str(path))
                 entry["loaded"] = True
             except (OSError, RuntimeError) as error:
-                entry["error"] = str(error)
+                entry["error"] = str(error.__cause__ or error)  # torch wraps the loader's own message
         status[stem] = entry
     return status
