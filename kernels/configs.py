@@ -134,7 +134,7 @@ def attention_forward_config(
         return AttentionConfig(queries=64, keys=0, chunks=chunks, warps=4)
     if arch >= 90:
         if head_dim <= 96:
-            return AttentionConfig(queries=64, keys=64, chunks=(), warps=4, stages=2)
+            return AttentionConfig(queries=64, keys=64 if head_dim > 32 else 32, chunks=(), warps=4, stages=2)
         return AttentionConfig(queries=64, keys=32, chunks=(), warps=8, stages=2)
     if head_dim <= 96:
         return AttentionConfig(queries=64, keys=32, chunks=(), warps=4 if head_dim <= 64 else 8, stages=2)
@@ -163,7 +163,9 @@ def attention_backward_config(
     if dtype == torch.float32:
         if precision == "ieee":
             return looped(16, 32, 4)  # 32 rows of their own spill already at head dim 64
-        return looped(64, 32, 8) if head_dim <= 64 else looped(16, 16, 4)
+        if head_dim <= 64:
+            return looped(64, 32, 8 if head_dim > 32 else 4)
+        return looped(16, 16, 8)
     # One pass keeps dK and dV of all keys in registers: 256 keys of 64 columns are 128 fp32 per thread in eight warps. Chunks
     # of unequal size cost layout conversions, so the keys are padded to one power of two here.
     padded = max(next_power_of_two(length), 64)
@@ -180,9 +182,10 @@ def attention_backward_config(
         return looped(64, 32, 8, stages=2) if head_dim <= 128 else looped(64, 16, 8)
     if head_dim <= 64:
         return looped(64, 32, 8)
-    # Ampere holds K and V of the whole loop as register operands; in two pieces (64 + 16, 64 + 32) with a bias only the
-    # smallest tile leaves room.
-    return looped(16, 16, 4) if head_dim <= 96 and biased else looped(32, 32, 8)
+    # Ampere holds K and V of the whole loop as register operands; in two pieces (64 + 16, 64 + 32) only small tiles leave room.
+    if head_dim <= 96:
+        return looped(16, 16 if biased else 32, 4)
+    return looped(32, 32, 8)
 
 
 @dataclass(frozen=True)
@@ -195,7 +198,7 @@ class BiasGradientConfig:
 @functools.cache
 def bias_gradient_config(head_dim: int, dtype: torch.dtype, arch: int) -> BiasGradientConfig:
     if dtype == torch.float32:
-        return BiasGradientConfig(tile=32, warps=4, programs=4)
+        return BiasGradientConfig(tile=32 if head_dim <= 64 else 16, warps=4, programs=4)
     # Four operands of a tile: past 64 columns a 64-row tile needs eight warps, and Ampere 32 rows.
     if arch >= 90:
         return BiasGradientConfig(tile=64, warps=4 if head_dim <= 64 else 8, programs=4)
