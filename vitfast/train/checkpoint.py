@@ -87,10 +87,9 @@ def read_tensors(path: Path) -> Any:
         with warnings.catch_warnings():  # torch remarks on foreign pickles; the error below says more
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        first_line = str(error).strip().splitlines()[0]
+    except pickle.UnpicklingError as error:  # torch's own text recommends to load it unsafely: not repeated here
         raise CheckpointError(
-            f"{path} is damaged, or holds more than tensors and plain values and is not loaded for safety: {first_line}"
+            f"{path} is no checkpoint, or holds more than tensors and plain values, and is not loaded for safety"
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         if isinstance(error, CheckpointError):
