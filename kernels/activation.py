@@ -1,7 +1,7 @@
 """GELU, exact (erf) and with the tanh approximation, forward and backward.
 
-Legend: T rows, F hidden width. Hendrycks & Gimpel, "Gaussian Error Linear Units", arXiv:1606.08415.
-As in layer_norm.py, multiply-adds are spelled out so that recomputing in backward, or in the epilogue of a matrix product,
+Legend: T rows, F hidden width. Hendrycks & Gimpel, "Gaussian Error Linear Units", arXiv:1606.08415. As in
+layer_norm.py, multiply-adds are spelled out so that recomputing in backward, or in the epilogue of a matrix product,
 gives the forward's bits.
 """
 
@@ -20,8 +20,8 @@ from .reduce import sum_partials
 def _normal_cdf(x, FAST: tl.constexpr):
     """Cumulative distribution of the standard normal at x, and exp(-x**2 / 2).
 
-    FAST, for 16-bit results: Abramowitz & Stegun 7.1.26, absolute error below 1.5e-7, a tenth of erf's instructions since
-    the exponential is needed anyway; erf would make the kernel wait for arithmetic instead of memory.
+    FAST, for 16-bit results: Abramowitz & Stegun 7.1.26, absolute error below 1.5e-7, a tenth of erf's instructions
+    since the exponential is needed anyway; erf would make the kernel wait for arithmetic instead of memory.
     """
     bell = tl.exp(-0.5 * (x * x))
     if FAST:

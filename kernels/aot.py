@@ -1,10 +1,11 @@
 """Compile every Triton kernel as its launcher would, for chips that need not be here, and say what each costs.
 
-    python -m vitfast.kernels.aot [--quick] [--arch 80 90 100] [--dtype bf16 fp16 fp32 tf32] [--only NAME] [--out build/aot.json]
+    python -m vitfast.kernels.aot [--quick] [--arch 80 90 100] [--dtype bf16 fp16 fp32 tf32] [--only NAME] [--out FILE]
 
-The launchers run on meta tensors with the launch itself replaced by compilation, so what is compiled is what would run. Prints
-registers, spills (a kernel's STACK bytes), shared memory, blocks per multiprocessor and the tensor-core instruction, and fails
-on a spill, save the known ones it names and counts, on shared memory over the chip's limit, and on a 16-bit product without tensor cores.
+The launchers run on meta tensors with the launch itself replaced by compilation, so what is compiled is what would
+run. Prints registers, spills (a kernel's STACK bytes), shared memory, blocks per multiprocessor and the tensor-core
+instruction, and fails on a spill (save the known ones, which it names and counts), on shared memory over the chip's
+limit, and on a 16-bit product without tensor cores.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ def describe(arch: int, name: str, compiled, has_product: bool, half: bool, know
         problems.append("16-bit product without tensor cores")
     return {
         "arch": arch, "kernel": name, "registers": registers, "spills": spills, "shared": shared, "warps": warps,
-        "blocks": blocks, "tensor_core": instruction, "problems": problems, "known_spill": known_spill if spills else "",
+        "blocks": blocks, "tensor_core": instruction, "problems": problems,
+        "known_spill": known_spill if spills else "",
     }  # fmt: skip
 
 
@@ -255,9 +257,10 @@ def compile_case(
 
 
 def line(row: dict) -> str:
+    case, note = row["case"].removesuffix(f", {WIDE_HEADS}"), "; ".join(row["problems"]) or row["known_spill"]
     return (
-        f"sm_{row['arch']:<4}{row['dtype']:<5}{row['case'].removesuffix(f', {WIDE_HEADS}'):<34}{row['kernel']:<36}{row['registers']:>5}{row['spills']:>7}"
-        f"{row['shared']:>8}{row['warps']:>6}{row['blocks']:>7}  {row['tensor_core']:<8}{'; '.join(row['problems']) or row['known_spill']}"
+        f"sm_{row['arch']:<4}{row['dtype']:<5}{case:<34}{row['kernel']:<36}{row['registers']:>5}{row['spills']:>7}"
+        f"{row['shared']:>8}{row['warps']:>6}{row['blocks']:>7}  {row['tensor_core']:<8}{note}"
     ).rstrip()
 
 
@@ -285,9 +288,8 @@ def main(argv: list[str] | None = None) -> int:
     options.out.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n")
     failed = [row for row in rows if row["problems"]]
     spilled = sum(bool(row["known_spill"]) for row in rows)
-    print(
-        f"{len(rows)} kernels compiled with Triton {triton.__version__}: {len(failed)} with problems, {spilled} known spills"
-    )
+    counts = f"{len(failed)} with problems, {spilled} known spills"
+    print(f"{len(rows)} kernels compiled with Triton {triton.__version__}: {counts}; rows in {options.out}")
     return 1 if failed else 0
 
 

@@ -1,4 +1,5 @@
-"""Attention's two launchers under one name; the kernels are in attention_forward.py, attention_backward.py, attention_bias.py."""
+"""Attention's two launchers under one name; the kernels are in attention_forward.py, attention_backward.py,
+attention_bias.py."""
 
 from .attention_backward import attention_backward
 from .attention_forward import attention_forward

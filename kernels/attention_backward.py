@@ -1,8 +1,9 @@
 """Attention backward: packed d_qkv [T, 3, H, E] from d_out [T, H, E], without atomics, the same bits every run.
 
-Legend in attention_tiles.py; P softmax weights, S logits, delta[row] = sum_e out * d_out; a tile [N, M] has keys along rows
-and queries along columns, so that dV = P d_out and dK = dS q need no transposition. From Dao, arXiv:2307.08691, Algorithm 2,
-with dQ summed by its own pass instead of by atomics; a sequence whose keys fit in one program's registers needs one pass only.
+Legend in attention_tiles.py; P softmax weights, S logits, delta[row] = sum_e out * d_out; a tile [N, M] has keys along
+rows and queries along columns, so that dV = P d_out and dK = dS q need no transposition. From Dao, arXiv:2307.08691,
+Algorithm 2, with dQ summed by its own pass instead of by atomics; a sequence whose keys fit in one program's registers
+needs one pass only.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .attention_tiles import (
     LOG2E,
     accumulate,
     add_bias,
-    bias_of,
+    bias_matrix,
     load_lse,
     load_row_sums,
     load_tile,
@@ -96,14 +97,16 @@ def _keys_kernel(
     H: tl.constexpr, E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
     N: tl.constexpr, M: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of N keys, looping over all queries. Keys past the end only reach their own rows, which are not stored."""
+    """dK and dV of N keys, looping over all queries. Keys past the end only reach their own rows, not stored."""
     block, head, sequence, start, length = locate(cu_seqlens, seqlen, blocks, H)
     if block * N >= length:
         return
     queries = qkv + start * 3 * H * E + head * E
     gradients = d_out + start * H * E + head * E
     sums = head.to(tl.int64) * T + start
-    matrix = bias_of(bias, sequence, head, bias_b, bias_h)
+    matrix = bias
+    if bias is not None:
+        matrix = bias_matrix(bias, sequence, head, bias_b, bias_h)
     cols = block * N + tl.arange(0, N)
     k0, k1 = load_tile(queries + H * E, cols, 3 * H * E, length, E, E0, E1, True)
     v0, v1 = load_tile(queries + 2 * H * E, cols, 3 * H * E, length, E, E0, E1, True)
@@ -158,7 +161,9 @@ def _queries_kernel(
         return
     base = qkv + start * 3 * H * E + head * E
     sums = head.to(tl.int64) * T + start
-    matrix = bias_of(bias, sequence, head, bias_b, bias_h)
+    matrix = bias
+    if bias is not None:
+        matrix = bias_matrix(bias, sequence, head, bias_b, bias_h)
     rows = block * M + tl.arange(0, M)
     q0, q1 = load_tile(base, rows, 3 * H * E, length, E, E0, E1, True)
     g0, g1 = load_tile(d_out + start * H * E + head * E, rows, H * E, length, E, E0, E1, True)
@@ -243,7 +248,9 @@ def _one_pass_kernel(
     d_keys = d_queries + H * E
     outs = start * H * E + head * E
     sums = head.to(tl.int64) * T + start
-    matrix = bias_of(bias, sequence, head, bias_b, bias_h)
+    matrix = bias
+    if bias is not None:
+        matrix = bias_matrix(bias, sequence, head, bias_b, bias_h)
     scale_log2 = scale * LOG2E
     MASK0: tl.constexpr = PACKED or N1 == 0
     MASK1: tl.constexpr = PACKED or N2 == 0
@@ -304,7 +311,8 @@ def attention_backward(
     d_qkv: torch.Tensor,
     d_bias: torch.Tensor | None,
 ) -> None:
-    """d_qkv [T, 3, H, E] and d_bias (fp32, the bias's own shape) from d_out [T, H, E]; arguments as in attention_forward."""
+    """d_qkv [T, 3, H, E] and d_bias (fp32, the bias's own shape) from d_out [T, H, E]; arguments as in
+    attention_forward."""
     T, _, H, E = qkv.shape
     if seqlen:
         cu_seqlens, max_seqlen = None, seqlen

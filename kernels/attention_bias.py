@@ -1,8 +1,8 @@
 """Gradient of the additive attention bias [Bb, Hb, L, L]: dS summed over the sequences and heads it was broadcast to.
 
 Legend in attention_tiles.py. A program owns one [M, N] tile of one bias matrix and walks its share of the sequences and
-heads behind it, recomputing dS: two more products than reusing dS would need, but no atomics and no [B, H, L, L] scratch.
-With few matrices the walk is split into G parts, whose sums reduce.py adds in a fixed order.
+heads behind it, recomputing dS: two more products than reusing dS would need, but no atomics and no [B, H, L, L]
+scratch. With few matrices the walk is split into G parts, whose sums reduce.py adds in a fixed order.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton.language as tl
 
 from . import device
 from .attention_forward import bias_strides, count_sequences
-from .attention_tiles import LOG2E, add_bias, bias_of, extent, load_row_sums, load_tile, multiply
+from .attention_tiles import LOG2E, add_bias, bias_matrix, extent, load_row_sums, load_tile, multiply
 from .configs import bias_gradient_config, split_head_dim
 from .reduce import sum_partials
 
@@ -45,7 +45,7 @@ def _bias_gradient_kernel(
         g0, g1 = load_tile(d_out + start * H * E + head * E, rows, H * E, length, E, E0, E1, True)
         row_lse, row_delta = load_row_sums(lse + sums, delta + sums, rows, length)
         logits = multiply(q0, q1, k0, k1, E1, PRECISION) * (scale * LOG2E)
-        matrix = bias_of(bias, sequence, head, bias_b, bias_h)
+        matrix = bias_matrix(bias, sequence, head, bias_b, bias_h)
         logits = add_bias(logits, matrix, rows[:, None], cols[None, :], bias_length, length)
         logits = tl.where((cols < length)[None, :], logits, float("-inf"))
         weights = tl.exp2(logits - row_lse[:, None])
@@ -68,7 +68,7 @@ def attention_bias_gradient(
     seqlen: int,
     d_bias: torch.Tensor,
 ) -> None:
-    """d_bias, fp32 and of the bias's shape, from the row sums lse and delta [H, T] (delta = sum over E of out * d_out)."""
+    """d_bias, fp32 and of the bias's shape, from the row sums lse and delta [H, T] (delta = sum_e out * d_out)."""
     T, _, H, E = qkv.shape
     chip = device.device_properties(qkv.device)
     sequences = count_sequences(T, cu_seqlens, seqlen)

@@ -1,7 +1,8 @@
 """Attention forward from packed qkv [T, 3, H, E] to [T, H, E], read and written in place: no permute, no copy.
 
-Legend in attention_tiles.py; M queries of one program, N keys of one step. Dao, "FlashAttention-2", arXiv:2307.08691 for the
-looped kernel's online softmax. Sequences short enough to keep one row of logits in registers take the one-pass kernel.
+Legend in attention_tiles.py; M queries of one program, N keys of one step. Dao, "FlashAttention-2", arXiv:2307.08691
+for the looped kernel's online softmax. Sequences short enough to keep one row of logits in registers take the one-pass
+kernel.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from .attention_tiles import (
     LOG2E,
     accumulate,
     add_bias,
-    bias_of,
+    bias_matrix,
     load_tile,
     locate,
     multiply,
@@ -78,7 +79,7 @@ def _one_pass_kernel(
     H: tl.constexpr, E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
     M: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Keys in up to three power-of-two chunks N0 + N1 + N2 (197 = 128 + 64 + 16, 11 masked), their logits all in registers.
+    """Keys in up to three power-of-two chunks N0 + N1 + N2 (197 = 128 + 64 + 16, 11 masked), all logits in registers.
 
     Of a plain batch only the last chunk can pass the end of the sequence; packed sequences can end in any.
     """
@@ -90,7 +91,9 @@ def _one_pass_kernel(
     base = qkv + start * stride + head * E
     keys = base + H * E
     values = base + 2 * H * E
-    matrix = bias_of(bias, sequence, head, bias_b, bias_h)
+    matrix = bias
+    if bias is not None:
+        matrix = bias_matrix(bias, sequence, head, bias_b, bias_h)
     rows = block * M + tl.arange(0, M)
     scale_log2 = scale * LOG2E
     q0, q1 = load_tile(base, rows, stride, length, E, E0, E1, True)
@@ -168,7 +171,9 @@ def _looped_kernel(
     base = qkv + start * stride + head * E
     keys = base + H * E
     values = base + 2 * H * E
-    matrix = bias_of(bias, sequence, head, bias_b, bias_h)
+    matrix = bias
+    if bias is not None:
+        matrix = bias_matrix(bias, sequence, head, bias_b, bias_h)
     rows = block * M + tl.arange(0, M)
     scale_log2 = scale * LOG2E
     q0, q1 = load_tile(base, rows, stride, length, E, E0, E1, True)
@@ -184,8 +189,8 @@ def _looped_kernel(
     if TAIL > 0:
         for begin in tl.range(whole, length, TAIL, num_stages=1):
             sum0, sum1, peak, total = _online_step(
-                q0, q1, keys, values, matrix, sum0, sum1, peak, total, rows, begin, scale_log2, stride, bias_length, length,
-                E, E0, E1, TAIL, True, PRECISION,
+                q0, q1, keys, values, matrix, sum0, sum1, peak, total, rows, begin, scale_log2, stride, bias_length,
+                length, E, E0, E1, TAIL, True, PRECISION,
             )  # fmt: skip
     _finish(out, lse, sum0, sum1, peak, total, rows, start, head, T, length, H, E, E0, E1)
 
@@ -216,7 +221,8 @@ def attention_forward(
     """out [T, H, E] = softmax(scale * q k^T + bias) v of qkv [T, 3, H, E]; lse [H, T] fp32, natural logarithm.
 
     A plain batch passes seqlen > 0, and cu_seqlens and max_seqlen are not looked at; packed sequences pass seqlen = 0.
-    bias is contiguous [Bb, Hb, L, L] with Bb in {1, B}, Hb in {1, H} and L <= 46340. A row whose keys all have bias -inf gives 0, lse -inf.
+    bias is contiguous [Bb, Hb, L, L] with Bb in {1, B}, Hb in {1, H} and L <= 46340. A row whose keys all have bias
+    -inf gives 0, lse -inf.
     """
     T, _, H, E = qkv.shape
     if seqlen:

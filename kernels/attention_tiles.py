@@ -1,10 +1,10 @@
 """What the attention kernels share: where a program's tile lies, loading and storing it, and its logits.
 
-Legend: B sequences, L tokens of one sequence, T = tokens of all sequences, H heads, E head dim.
-A head dim is cut into two power-of-two pieces E0 + E1 (72 = 64 + 16, of which 8 are masked), because tl.arange takes powers
-of two only and padding 72 to 128 would waste 44 % of every product. E1 = 0 means one piece; its variables then repeat the
-first piece's and are never used. Logits are in units of log2, so that the exponential is the hardware's exp2.
-Row offsets are int64: tokens times 3 * H * E can pass 2**31.
+Legend: B sequences, L tokens of one sequence, T = tokens of all sequences, H heads, E head dim. A head dim is cut into
+two power-of-two pieces E0 + E1 (72 = 64 + 16, of which 8 are masked), because tl.arange takes powers of two only and
+padding 72 to 128 would waste 44 % of every product. E1 = 0 means one piece; its variables then repeat the first piece's
+and are never used. Logits are in units of log2, so that the exponential is the hardware's exp2. Row offsets are int64:
+tokens times 3 * H * E can pass 2**31.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def extent(cu_seqlens, seqlen, sequence):
 
 @triton.jit
 def locate(cu_seqlens, seqlen, blocks, H: tl.constexpr):
-    """Block, head, sequence, first row (int64) and length of this program; blocks run fastest, so a head's K and V stay in L2."""
+    """Block, head, sequence, first row (int64) and length of this program; blocks run fastest, so a head's K and V stay
+    in L2."""
     program = tl.program_id(0)
     block = program % blocks
     head = (program // blocks) % H
@@ -114,20 +115,17 @@ def zeros_tile(ROWS: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr):
 
 
 @triton.jit
-def bias_of(bias, sequence, head, stride_b, stride_h):
+def bias_matrix(bias, sequence, head, stride_b, stride_h):
     """The [L, L] matrix of one sequence and head; strides of broadcast dimensions are 0."""
-    if bias is None:
-        return None
-    else:
-        return bias + sequence.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
+    return bias + sequence.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
 
 
 @triton.jit
 def add_bias(logits, bias, queries, keys, bias_length, length):
-    """logits (log2 units) + bias, for queries and keys shaped to broadcast to the tile ([R, 1], [1, S] or the other way).
+    """logits (log2 units) + bias, for queries and keys shaped to broadcast to the tile ([R, 1], [1, S] or swapped).
 
-    Offsets inside one [L, L] matrix are int32, which holds to L = 46340 (8 GB of fp32): rows of odd length load one number
-    per pointer, and 64-bit pointers of a whole tile would spill.
+    Offsets inside one [L, L] matrix are int32, which holds to L = 46340 (8 GB of fp32): rows of odd length load one
+    number per pointer, and 64-bit pointers of a whole tile would spill.
     """
     if bias is None:
         return logits
@@ -139,8 +137,8 @@ def add_bias(logits, bias, queries, keys, bias_length, length):
 
 @triton.jit
 def load_lse(lse, rows, length):
-    """lse of the given queries in log2 units. Where a row has no key (lse -inf) or does not exist, +inf makes each of its
-    weights exp2(-inf) = 0."""
+    """lse of the given queries in log2 units. Where a row has no key (lse -inf) or does not exist, +inf makes each of
+    its weights exp2(-inf) = 0."""
     natural = tl.load(lse + rows, mask=rows < length, other=float("inf"))
     return tl.where(natural == float("-inf"), float("inf"), natural) * LOG2E
 

@@ -32,7 +32,8 @@ class RowConfig:
 
 @functools.cache
 def row_config(columns: int) -> RowConfig:
-    """LayerNorm forward: about 16 elements per thread in each operand, so that branch, scale and weight stay in registers."""
+    """LayerNorm forward: about 16 elements per thread in each operand, so that branch, scale and weight stay in
+    registers."""
     width = next_power_of_two(columns)
     if width <= 2048:
         return RowConfig(rows=min(2048 // width, 32), width=width, warps=4)
@@ -43,7 +44,8 @@ def row_config(columns: int) -> RowConfig:
 def backward_rows(columns: int) -> RowConfig:
     """LayerNorm backward: three column sums live in registers too, so 8 elements per thread; 16 only at the widest.
 
-    At about 96 registers per thread 20 warps are resident on a multiprocessor; more programs than that would wait for a second turn.
+    At about 96 registers per thread 20 warps are resident on a multiprocessor; more programs than that would wait for a
+    second turn.
     """
     width = next_power_of_two(columns)
     if width <= 1024:
@@ -68,7 +70,7 @@ ACTIVATION = ActivationConfig(block=2048, rows=8, columns=256, warps=4, programs
 
 @functools.cache
 def cover(length: int, pieces: int) -> tuple[int, ...]:
-    """At most `pieces` powers of two, none below 16, falling, with the least sum that reaches length; absent ones are 0.
+    """At most `pieces` powers of two, none below 16, falling, of the least sum that reaches length; absent ones are 0.
 
     16 is the least side of a tensor-core product. 197 -> (128, 64, 16), 257 -> (256, 16, 0), 72 -> (64, 16).
     """
@@ -123,9 +125,9 @@ def attention_forward_config(
             return AttentionConfig(queries=16, keys=32, chunks=(), warps=4)
         return AttentionConfig(queries=64, keys=32, chunks=(), warps=8)
     chunks = cover(length, 3)
-    # One pass: a 64-row tile of 208 logits is 104 fp32 per thread in four warps, and with 96 columns of output and a bias all
-    # 255 registers are taken. Wider heads leave room for fewer logits, and so does Ampere, whose products take their operands
-    # from registers where Hopper's and Blackwell's read shared memory.
+    # One pass: a 64-row tile of 208 logits is 104 fp32 per thread in four warps, and with 96 columns of output and a
+    # bias all 255 registers are taken. Wider heads leave room for fewer logits, and so does Ampere, whose products take
+    # their operands from registers where Hopper's and Blackwell's read shared memory.
     if arch >= 90:
         limit = 208 if head_dim <= 96 else 128 if head_dim <= 128 else 0
     else:
@@ -168,8 +170,8 @@ def attention_backward_config(
         if head_dim <= 64:
             return looped(64, 32, 8 if head_dim > 32 else 4)
         return looped(16, 16, 8)
-    # One pass keeps dK and dV of all keys in registers: 256 keys of 64 columns are 128 fp32 per thread in eight warps. Chunks
-    # of unequal size cost layout conversions, so the keys are padded to one power of two here.
+    # One pass keeps dK and dV of all keys in registers: 256 keys of 64 columns are 128 fp32 per thread in eight warps.
+    # Chunks of unequal size cost layout conversions, so the keys are padded to one power of two here.
     padded = max(next_power_of_two(length), 64)
     if arch >= 90:
         limit = 256 if head_dim <= 64 else 128 if head_dim <= 80 else 0
@@ -184,7 +186,8 @@ def attention_backward_config(
         return looped(64, 32, 8, stages=2) if head_dim <= 128 else looped(64, 16, 8)
     if head_dim <= 64:
         return looped(64, 32, 8)
-    # Ampere holds K and V of the whole loop as register operands; in two pieces (64 + 16, 64 + 32) only small tiles leave room.
+    # Ampere holds K and V of the whole loop as register operands; in two pieces (64 + 16, 64 + 32) only small tiles
+    # leave room.
     if head_dim <= 96:
         return looped(16, 16 if biased else 32, 4)
     return looped(32, 32, 8)
@@ -201,9 +204,9 @@ class BiasGradientConfig:
 def bias_gradient_config(head_dim: int, dtype: torch.dtype, arch: int) -> BiasGradientConfig:
     if dtype == torch.float32:
         return BiasGradientConfig(tile=32 if head_dim <= 64 else 16, warps=4, programs=4)
-    # Four operands of a tile: past 64 columns a 64-row tile needs eight warps, and Ampere 32 rows.
+    # Four operands of a tile take eight warps at 64 rows, and Ampere, which holds them in registers, 32 rows.
     if arch >= 90:
-        return BiasGradientConfig(tile=64, warps=4 if head_dim <= 64 and arch < 100 else 8, programs=4)
+        return BiasGradientConfig(tile=64, warps=8, programs=4)
     return BiasGradientConfig(tile=32, warps=4 if head_dim <= 96 else 8, programs=4)
 
 
@@ -231,8 +234,8 @@ def _small(columns: int, limit: int) -> int:
 def patch_embed_config(columns: int, depth: int, dtype: torch.dtype, arch: int) -> ProductConfig:
     if dtype == torch.float32:
         return ProductConfig(rows=64, columns=_small(columns, 32), depth=_small(depth, 16), warps=4, stages=2)
-    # Pixels pass through registers to be converted, so one tile of them should serve many columns; depth 64 is one wgmma
-    # swizzle row of 128 bytes.
+    # Pixels pass through registers to be converted, so one tile of them should serve many columns; depth 64 is one
+    # wgmma swizzle row of 128 bytes.
     return ProductConfig(rows=128, columns=_small(columns, 128), depth=_small(depth, 64), warps=8, stages=3)
 
 
@@ -250,8 +253,8 @@ ROW_GROUP = 8  # row blocks of a product that share the weights in L2
 def linear_config(rows: int, columns: int, depth: int, dtype: torch.dtype, arch: int) -> ProductConfig:
     if dtype == torch.float32:
         return ProductConfig(rows=64, columns=_small(columns, 64), depth=_small(depth, 16), warps=4, stages=2)
-    # 128 x 128 sums are 64 fp32 per thread in eight warps: room for the epilogue's second operand. Few rows take half a tile,
-    # which doubles the programs.
+    # 128 x 128 sums are 64 fp32 per thread in eight warps: room for the epilogue's second operand. Few rows take half a
+    # tile, which doubles the programs.
     tall = 128 if rows > 2048 else 64
     return ProductConfig(
         rows=tall, columns=_small(columns, 128), depth=_small(depth, 64), warps=8 if tall == 128 else 4, stages=3
@@ -260,7 +263,7 @@ def linear_config(rows: int, columns: int, depth: int, dtype: torch.dtype, arch:
 
 @functools.cache
 def activation_backward_config(columns: int, depth: int, dtype: torch.dtype, arch: int) -> ProductConfig:
-    """The derivative of GELU needs several registers for each sum, so half as many sums per thread as linear_config's."""
+    """GELU's derivative needs several registers for each sum, so half as many sums per thread as linear_config's."""
     if dtype == torch.float32:
         return ProductConfig(rows=64, columns=_small(columns, 32), depth=_small(depth, 16), warps=4, stages=2)
     return ProductConfig(rows=128, columns=_small(columns, 64), depth=_small(depth, 64), warps=8, stages=3)

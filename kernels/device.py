@@ -17,7 +17,8 @@ class Device:
     shared_bytes: int  # the most one block may use
 
 
-# The interpreter runs on CPU tensors. Few multiprocessors make its two-stage reductions take several parts and stay quick.
+# The interpreter runs on CPU tensors. Few multiprocessors make its two-stage reductions take several parts and stay
+# quick.
 INTERPRETER = Device(arch=90, multiprocessors=1, shared_bytes=232448)
 
 

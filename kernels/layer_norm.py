@@ -1,9 +1,9 @@
 """Residual add, LayerScale, DropPath and LayerNorm in one pass over memory, forward and backward.
 
-Legend: T rows (tokens of all images), D width, B images; row t belongs to image t // (T // B).
-X is the dtype of the residual stream, Y the dtype of branch and normed. Statistics are fp32.
-Recomputing in backward must give the forward's bits, so multiply-adds are spelled out with tl.fma and the compiler's own
-contraction, which depends on the surrounding code, is switched off (enable_fp_fusion=False).
+Legend: T rows (tokens of all images), D width, B images; row t belongs to image t // (T // B). X is the dtype of the
+residual stream, Y the dtype of branch and normed. Statistics are fp32. Recomputing in backward must give the forward's
+bits, so multiply-adds are spelled out with tl.fma and the compiler's own contraction, which depends on the surrounding
+code, is switched off (enable_fp_fusion=False).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Matrix products with what surrounds them in the epilogue: bias, GELU, LayerScale, DropPath, residual; and GELU's backward.
+"""Matrix products with an epilogue (bias, GELU, LayerScale, DropPath, residual), and the backward of GELU.
 
 Legend: T rows, B images (row t belongs to image t // (T // B)), K columns in, N columns out, F hidden width of an MLP.
 X is the dtype of the residual stream, Y that of the product's operands. Sums are fp32.
@@ -18,8 +18,8 @@ from .reduce import sum_partials
 
 @triton.jit
 def _tile_of_program(T, N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """Row and column block. GROUP row blocks take all their column blocks before the next group, so that the rows and the
-    weights in use at one time fit in L2."""
+    """Row and column block. GROUP row blocks take all their column blocks before the next group, so that the rows and
+    the weights in use at one time fit in L2."""
     program = tl.program_id(0)
     column_blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     row_blocks = tl.cdiv(T, BLOCK_T)
@@ -153,7 +153,7 @@ def linear_residual_forward(
     drop_path: torch.Tensor | None,
     total: torch.Tensor,
 ) -> None:
-    """total [T, N] X = residual + drop_path * scale * (x weight^T + bias), the product never rounded to Y on the way."""
+    """total [T, N] X = residual + drop_path * scale * (x weight^T + bias), the product never rounded to Y between."""
     _launch_linear(x, weight, bias, residual, scale, drop_path, None, None, total)
 
 
@@ -167,7 +167,8 @@ def linear_activation_backward(
     act: torch.Tensor | None,
     d_bias: torch.Tensor | None,
 ) -> None:
-    """d_h [T, F] = (d_out [T, N] weight [N, F]) * act'(h), for out = act(h) weight^T; act and d_bias as in activation_backward."""
+    """d_h [T, F] = (d_out [T, N] weight [N, F]) * act'(h), for out = act(h) weight^T; act and d_bias as in
+    activation_backward."""
     T, F = h.shape
     N = d_out.shape[1]
     if T == 0:

@@ -1,7 +1,8 @@
 """Patch embedding as one matrix product that reads the images itself (implicit im2col), forward and backward.
 
-Legend in patchify.py, with m a patch of the batch, k a pixel of a patch, d a column of the width. The forward's epilogue adds
-bias and position and stores token-major [B, R + N, D]; programs past the product's write the prefix tokens.
+Legend in patchify.py, with m a patch of the batch, k a pixel of a patch, d a column of the width. The forward's
+epilogue adds bias and position and stores token-major [B, R + N, D]; programs past the product's write the prefix
+tokens.
 """
 
 from __future__ import annotations
@@ -151,8 +152,8 @@ def patch_embed_forward(
 ) -> None:
     """tokens [B, R + N, D] of images [B, C, Hi, Wi] (uint8 or float, any strides) and weight [D, C, P, P] contiguous.
 
-    The product runs in the weight's dtype on pixels * scale[c] + shift[c]; bias [D], pos_embed [N or R + N, D], prefix [R, D],
-    scale and shift [C] are fp32.
+    The product runs in the weight's dtype on pixels * scale[c] + shift[c]; bias [D], pos_embed [N or R + N, D], prefix
+    [R, D], scale and shift [C] are fp32.
     """
     if tokens.numel() == 0:
         return

@@ -1,7 +1,8 @@
-"""Images to rows of pixels and back, and projected patches to tokens: what a patch embedding needs around a library product.
+"""Images to rows of pixels and back, projected patches to tokens: what a patch embedding needs around a product.
 
-Legend: B images, C channels, P patch side, N = GY * GX patches of one image, K = C * P * P pixels of one patch in (c, p, q)
-order, R prefix tokens, D width. Pixels are scaled and shifted per channel in fp32, then rounded to the product's dtype.
+Legend: B images, C channels, P patch side, N = GY * GX patches of one image, K = C * P * P pixels of one patch in (c,
+p, q) order, R prefix tokens, D width. Pixels are scaled and shifted per channel in fp32, then rounded to the product's
+dtype.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def split_pixel(k, P: tl.constexpr):
 
 @triton.jit
 def pixel_offsets(m, k, GY, GX, stride_b, stride_c, stride_y, stride_x, P: tl.constexpr):
-    """Offsets [M, K] of pixels k of patches m in an image batch of any strides; int64, as a batch can pass 2**31 pixels."""
+    """Offsets [M, K] of pixels k of patches m in an image batch of any strides; int64, as a batch can pass 2**31
+    pixels."""
     b, gy, gx = split_patch(m, GY, GX)
     c, p, q = split_pixel(k, P)
     corner = b.to(tl.int64) * stride_b + (gy * P).to(tl.int64) * stride_y + (gx * P).to(tl.int64) * stride_x
@@ -126,7 +128,10 @@ def patch_grid(images: torch.Tensor, patch: int) -> tuple[int, int, int]:
 
 @device.launcher
 def patchify(images: torch.Tensor, patch: int, scale: torch.Tensor, shift: torch.Tensor, patches: torch.Tensor) -> None:
-    """patches [B * N, C * P * P] = pixels * scale[c] + shift[c] of images [B, C, Hi, Wi], uint8 or float, any strides."""
+    """patches [B * N, C * P * P] = pixels * scale[c] + shift[c] of images [B, C, Hi, Wi], uint8 or float, any strides.
+
+    The order of a row is (c, p, q).
+    """
     rows, GY, GX = patch_grid(images, patch)
     if rows == 0:
         return

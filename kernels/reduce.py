@@ -1,4 +1,4 @@
-"""Second stage of every column sum: partial sums [K, G, D] added over G in a fixed order, so results repeat bit for bit.
+"""Second stage of every column sum: partial sums [K, G, D] added over G in a fixed order, so that results repeat.
 
 Legend: K sums taken together, G partial sums of each, D columns.
 """
