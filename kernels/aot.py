@@ -235,9 +235,13 @@ def compile_case(
         if compiled.hash not in known:
             known.add(compiled.hash)
             title = f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__.strip('_').removesuffix('_kernel')}"
-            row = describe(
-                arch, title, compiled, "tt.dot" in compiled.asm["ttir"], dtype in HALF, name.endswith(WIDE_HEADS)
-            )
+            has_product = "tt.dot" in compiled.asm["ttir"]
+            known_spill = ""
+            if name.endswith(WIDE_HEADS):
+                known_spill = WIDE_HEADS
+            elif has_product and dtype == "fp32":
+                known_spill = NO_TENSOR_CORES
+            row = describe(arch, title, compiled, has_product, dtype in HALF, known_spill)
             rows.append({**row, "case": name, "dtype": dtype})
 
     before = torch.backends.cuda.matmul.fp32_precision
@@ -280,8 +284,9 @@ def main(argv: list[str] | None = None) -> int:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n")
     failed = [row for row in rows if row["problems"]]
+    spilled = sum(bool(row["known_spill"]) for row in rows)
     print(
-        f"{len(rows)} kernels compiled with Triton {triton.__version__}, {len(failed)} with problems; rows in {options.out}"
+        f"{len(rows)} kernels compiled with Triton {triton.__version__}: {len(failed)} with problems, {spilled} known spills"
     )
     return 1 if failed else 0
 

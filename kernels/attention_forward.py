@@ -226,7 +226,7 @@ def attention_forward(
     E0, E1 = split_head_dim(E)
     precision = device.dot_precision(qkv.dtype)
     arch = device.device_properties(qkv.device).arch
-    config = attention_forward_config(max_seqlen, E, qkv.dtype, precision, arch)
+    config = attention_forward_config(max_seqlen, E, qkv.dtype, precision, arch, bias is not None)
     blocks = triton.cdiv(max_seqlen, config.queries)
     grid = (blocks * H * count_sequences(T, cu_seqlens, seqlen),)
     arguments = (qkv, bias, cu_seqlens, out, lse, scale, seqlen, T, blocks, *bias_strides(bias), H, E, E0, E1)

@@ -47,7 +47,7 @@ def backward_rows(columns: int) -> RowConfig:
     """
     width = next_power_of_two(columns)
     if width <= 1024:
-        return RowConfig(rows=min(1024 // width, 32), width=width, warps=4, programs=5)
+        return RowConfig(rows=min(1024 // width, 8), width=width, warps=4, programs=5)
     warps = min(width // 256, 16)
     # 8192 columns are 16 per thread in 16 warps, where only 128 registers are left for each: a third sum would spill.
     return RowConfig(rows=1, width=width, warps=warps, programs=20 // warps, scale_apart=width > 4096)
@@ -115,7 +115,7 @@ def attention_why_not(head_dim: int, dtype: torch.dtype) -> str | None:
 
 @functools.cache
 def attention_forward_config(
-    length: int, head_dim: int, dtype: torch.dtype, precision: str, arch: int
+    length: int, head_dim: int, dtype: torch.dtype, precision: str, arch: int, biased: bool
 ) -> AttentionConfig:
     if dtype == torch.float32:
         # Without tensor cores a product's operands sit in registers, 16 queries by 32 keys at the most.
@@ -130,6 +130,8 @@ def attention_forward_config(
         limit = 208 if head_dim <= 96 else 128 if head_dim <= 128 else 0
     else:
         limit = 128 if head_dim <= 64 else 0
+    if arch >= 100 and biased:
+        limit = min(limit, 128)  # logits come out of tensor memory in a layout that takes more registers for the bias
     if sum(chunks) <= limit:
         return AttentionConfig(queries=64, keys=0, chunks=chunks, warps=4)
     if arch >= 90:
@@ -162,7 +164,7 @@ def attention_backward_config(
 
     if dtype == torch.float32:
         if precision == "ieee":
-            return looped(16, 32, 4)  # 32 rows of their own spill already at head dim 64
+            return looped(16, 16, 4 if arch >= 90 else 2)  # 32 rows of their own spill already at head dim 64
         if head_dim <= 64:
             return looped(64, 32, 8 if head_dim > 32 else 4)
         return looped(16, 16, 8)
@@ -201,7 +203,7 @@ def bias_gradient_config(head_dim: int, dtype: torch.dtype, arch: int) -> BiasGr
         return BiasGradientConfig(tile=32 if head_dim <= 64 else 16, warps=4, programs=4)
     # Four operands of a tile: past 64 columns a 64-row tile needs eight warps, and Ampere 32 rows.
     if arch >= 90:
-        return BiasGradientConfig(tile=64, warps=4 if head_dim <= 64 else 8, programs=4)
+        return BiasGradientConfig(tile=64, warps=4 if head_dim <= 64 and arch < 100 else 8, programs=4)
     return BiasGradientConfig(tile=32, warps=4 if head_dim <= 96 else 8, programs=4)
 
 
