@@ -53,6 +53,9 @@ class Provider:
         slow: not run unless named in ``--providers`` (takes minutes to start, or is no fair time).
         note: goes to every row.
         memory: whether its peak memory can be seen from here.
+        step: what is timed as "both" where that is more than a forward and a backward pass (an optimizer's step).
+        forward: the forward pass whose kept memory counts; None: ``run``.
+        parameters: tensors that are no inputs and that do not count as kept memory (a model's).
     """
 
     name: str
@@ -62,6 +65,9 @@ class Provider:
     slow: bool = False
     note: str = ""
     memory: bool = True
+    step: Run | None = None
+    forward: Run | None = None
+    parameters: tuple[Tensor, ...] = ()
 
 
 @dataclass
@@ -75,7 +81,8 @@ class Case:
         work: for each direction the parts of the least work.
         batched: names of inputs whose first dimension is the batch.
         gate_samples: hold only the first samples of the batch against fp64; None for all.
-        parameters: tensors that are no inputs and that do not count as kept memory (a model's).
+        truth_of: what gives the truth where it is not ``reference`` on fp64 inputs.
+        timed: false where only memory is measured.
         hot: leave the inputs in the cache (for the cost of dispatch).
         timing: of the stopwatch.
     """
@@ -92,7 +99,7 @@ class Case:
     batched: tuple[str, ...] = ()
     gate_samples: int | None = None
     truth_of: Run | None = None
-    parameters: Sequence[Tensor] = ()
+    timed: bool = True
     hot: bool = False
     timing: str = "device"
 
@@ -231,22 +238,23 @@ def _direction_rows(
     copies = _copies(inputs, case, machine)
     for row in running:
         provider = next(p for p in providers if p.name == row.provider)
-        contender = Contender(provider.run, direction, copies, case.grads)
+        contender = Contender(provider, direction, copies, case.grads)
         settings.report(f"{case.title}: {direction}, {provider.name}")
         try:
             contender.warm_up(case.device)
             row.peak_mib, reason = peak_mib(contender.one(), case.device) if provider.memory else (None, "")
             row.note = "; ".join(n for n in (row.note, reason) if n)
             if direction != "forward":
-                own = [t for copy in copies for t in copy.values() if t is not None] + list(case.parameters)
+                own = [t for copy in copies for t in copy.values() if t is not None] + list(provider.parameters)
                 row.kept_mib = kept_mib(contender.forward_only, own)
             contenders[row.provider] = contender
         except Exception as error:  # as in the gate
             _raise_if_lost(case.device, provider.name, error)
             row.note = f"failed: {_first_line(error)}"
-    settings.report(f"{case.title}: {direction}, {len(contenders)} providers in turn")
-    samples = rounds(contenders, case.device, settings.timing or case.timing, settings.seconds)
-    add_times(rows, samples)
+    if case.timed:
+        settings.report(f"{case.title}: {direction}, {len(contenders)} providers in turn")
+        timing = case.timing if case.timing == "queue" else settings.timing or case.timing
+        add_times(rows, rounds(contenders, case.device, timing, settings.seconds))
     return rows
 
 
@@ -268,8 +276,14 @@ def _copies(inputs: Inputs, case: Case, machine: Mapping[str, Any]) -> list[Inpu
 class Contender:
     """One provider in one direction: makes calls that are ready to be timed."""
 
-    def __init__(self, run: Run, direction: str, copies: Sequence[Inputs], grads: Sequence[str]) -> None:
-        self.run, self.direction, self.copies, self.grads = run, direction, copies, grads
+    def __init__(self, provider: Provider, direction: str, copies: Sequence[Inputs], grads: Sequence[str]) -> None:
+        self.provider, self.run, self.direction, self.copies, self.grads = (
+            provider,
+            provider.run,
+            direction,
+            copies,
+            grads,
+        )
         self.ms = self.host_us = 0.0
         self._next = 0
         self._cotangents: list[Tensor] = []
@@ -279,7 +293,7 @@ class Contender:
         return self.copies[self._next % len(self.copies)]
 
     def forward_only(self) -> Any:
-        return self.run(**self._copy())
+        return (self.provider.forward or self.run)(**self._copy())
 
     def _forward(self, inputs: Inputs) -> Any:
         with torch.no_grad():
@@ -302,6 +316,8 @@ class Contender:
         if self.direction == "forward":
             return [functools.partial(self._forward, self._copy()) for _ in range(count)]
         if self.direction == "both":
+            if self.provider.step is not None:
+                return [functools.partial(self.provider.step, **self._copy()) for _ in range(count)]
             return [functools.partial(self._both, self._copy()) for _ in range(count)]
         made: list[Call] = []
         for _ in range(count):
@@ -365,7 +381,8 @@ def add_times(rows: Sequence[Row], samples: Mapping[str, Sequence[float]]) -> No
         return
     best = min(peers, key=lambda row: row.ms or math.inf)
     for row in _timed(rows):
-        assert row.ms is not None and best.ms is not None
+        assert row.ms is not None
+        assert best.ms is not None
         paired = [p / o for p, o in zip(samples[best.provider], samples[row.provider], strict=True)]
         row.best_peer, row.ratio = best.provider, best.ms / row.ms
         row.ratio_low = min(quantile(paired, 0.2), row.ratio)

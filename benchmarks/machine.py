@@ -38,10 +38,7 @@ def measure(device: str, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch
     machine = {"kind": device, "threads": torch.get_num_threads(), "cache_mib": cache_mib(device)}
     machine |= _gpu() if device == "cuda" else _cpu()
     copies = 256 if device == "cpu" else 1024  # MiB, well over any cache
-    x = torch.empty(copies * 2**20, dtype=torch.uint8, device=device)
-    y = torch.zeros_like(x)
-    copy_ms = _best(lambda: y.copy_(x), device, 0.3)
-    del x, y
+    copy_ms = _copy_ms(copies * 2**20, device)
     small = torch.zeros(16, device=device)
     launch_ms = _best(lambda: small.add_(1), device, 0.05)
     return machine | {
@@ -50,6 +47,12 @@ def measure(device: str, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch
         "launch_us": round(launch_ms * 1e3, 2),
         "dispatch_us": round(_dispatch_us(small), 2),
     }
+
+
+def _copy_ms(size: int, device: str) -> float:
+    x = torch.ones(size, dtype=torch.uint8, device=device)
+    y = torch.zeros_like(x)  # written once, so that its pages are there
+    return _best(lambda: y.copy_(x), device, 0.3)
 
 
 def _best(call: Callable[[], Any], device: str, seconds: float) -> float:

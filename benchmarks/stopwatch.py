@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 Call = Callable[[], Any]
-TIMINGS = ("device", "host", "graph")
+TIMINGS = ("device", "host", "graph", "queue")
+QUEUED_CALLS = 32
 SAMPLE_MS = 0.5  # a sample is at least this long on a GPU, so that the clock's steps (0.5 us) do not show
 SAMPLE_MS_CPU = 2.0  # and this long on a CPU, so that a wake-up of a thread does not fill it
 MAX_CALLS = 256
@@ -28,7 +29,7 @@ class Stopwatch:
     Args:
         device: "cpu" or "cuda".
         timing: GPU only. "device": the host runs ahead, so that launches cost nothing; "host": as a user sees it,
-            launches included; "graph": the calls as one CUDA graph.
+            launches included; "graph": the calls as one CUDA graph; "queue": until the host is free again.
     """
 
     def __init__(self, device: str, timing: str = "device") -> None:
@@ -41,12 +42,14 @@ class Stopwatch:
         """How many calls of about ``ms`` make a sample; ``prepared`` calls can run once each, ``available`` are there."""
         if self.timing == "graph":
             return available
+        if self.timing == "queue":
+            return QUEUED_CALLS
         wanted = (SAMPLE_MS if self.device == "cuda" else SAMPLE_MS_CPU) / max(ms, 1e-4)
         return max(1, min(int(wanted) + 1, available if prepared else MAX_CALLS))
 
     def sample(self, calls: Sequence[Call], host_us: float) -> float:
         """Milliseconds per call, the calls made one after the other. ``host_us``: what the host needs for one."""
-        if self.device == "cpu":
+        if self.device == "cpu" or self.timing == "queue":
             start = time.perf_counter()
             for call in calls:
                 call()
