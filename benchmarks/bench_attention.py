@@ -98,7 +98,7 @@ def chosen_by_default(qkv: Tensor) -> str:
     """The name of the kernel that scaled_dot_product_attention takes for these tensors when nobody forces one."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     number = torch._fused_sdp_choice(q, k, v)
-    return next(name for name, member in SDPBackend.__members__.items() if int(member) == number).lower()
+    return next(name for name, member in SDPBackend.__members__.items() if member.value == number).lower()
 
 
 def _providers(dtype: torch.dtype, device: str, shape: dict[str, Any]) -> list[Provider]:

@@ -55,7 +55,7 @@ def _inputs(B: int, L: int, D: int, dtype: torch.dtype, device: str, fused: bool
     def random(*shape: int, mean: float = 0.0) -> Tensor:
         return (torch.randn(shape, generator=generator) + mean).to(device, dtype)
 
-    parameters = {"weight": random(D, mean=1.0), "bias": random(D)}
+    parameters: dict[str, Tensor | None] = {"weight": random(D, mean=1.0), "bias": random(D)}
     if fused:
         return {"residual": random(B, L, D), "branch": random(B, L, D)} | parameters
     return {"x": random(B, L, D)} | parameters

@@ -7,6 +7,7 @@ copied into all others; vectors that would start at zero get random values, so t
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import io
 import logging
@@ -76,9 +77,9 @@ class Models:
         exact: a copy in fp64, for the truth.
     """
 
-    def __init__(self, shape: dict[str, int | str], dtype: str, device: str, train: bool = False) -> None:
+    def __init__(self, shape: dict[str, int | str], dtype: str, device: str) -> None:
         self.name, self.batch = str(shape["model"]), int(shape["B"])
-        self.overrides = {"depth": int(shape["depth"])} if "depth" in shape else {}
+        self.overrides: dict[str, Any] = {"depth": int(shape["depth"])} if "depth" in shape else {}
         self.device, self.kind = device, TORCH_DTYPE[dtype] if dtype != "autocast" else torch.float32
         torch.manual_seed(0)
         ours = create_model(self.name, **self.overrides)
@@ -91,11 +92,8 @@ class Models:
         else:
             _fill(self.ours)
         self.weights = {n: t.clone() for n, t in self.ours.state_dict().items()}
-        self.exact = create_model(self.name, **self.overrides).double()
-        self.exact = self.place(self.exact.to(self.kind)).double() if not train else self.exact
         self.ours = self.place(self.ours)
-        self.exact.load_state_dict(self.ours.state_dict())  # the truth of the rounded weights
-        self.exact = self.exact.to(device).eval()
+        self.exact: VisionTransformer = copy.deepcopy(self.ours).double()  # of the rounded weights
 
     def place(self, model: nn.Module) -> Any:
         """To the device, in the case's dtype, in eval mode."""
@@ -177,18 +175,17 @@ def _hugging_face(ours: VisionTransformer) -> Any:
     from transformers import ViTConfig, ViTForImageClassification
 
     config = ours.config
-    model = ViTForImageClassification(
-        ViTConfig(
-            hidden_size=config.embed_dim,
-            num_hidden_layers=config.depth,
-            num_attention_heads=config.num_heads,
-            intermediate_size=config.mlp_hidden,
-            image_size=config.image_hw[0],
-            patch_size=config.patch_size,
-            num_labels=config.num_classes,
-            layer_norm_eps=config.norm_eps,
-        )
-    )
+    settings: dict[str, Any] = {
+        "hidden_size": config.embed_dim,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.num_heads,
+        "intermediate_size": config.mlp_hidden,
+        "image_size": config.image_hw[0],
+        "patch_size": config.patch_size,
+        "num_labels": config.num_classes,
+        "layer_norm_eps": config.norm_eps,
+    }
+    model = ViTForImageClassification(ViTConfig(**settings))
     _fill(model)
     return model
 

@@ -47,7 +47,7 @@ _CLASSES_SEED = 3
 
 
 def case(op: str, shape: dict[str, int | str], dtype: str, device: str) -> Case:
-    models = Models(shape, dtype, device, train=True)
+    models = Models(shape, dtype, device)
     autocast = dtype == "autocast"
     config, element = models.ours.config, TORCH_DTYPE[dtype].itemsize
     parameters = sum(p.numel() for p in models.ours.parameters())
@@ -104,8 +104,8 @@ def _providers(models: Models, labels: Tensor, autocast: bool) -> list[Provider]
     make = functools.partial(_provider, labels=labels, device=models.device, autocast=autocast)
     found = []
     for policy in RECOMPUTES:
-        model = models.fresh(policy)
-        found.append(make(f"vitfast {policy}", model, model, ours=True))
+        ours = models.fresh(policy)
+        found.append(make(f"vitfast {policy}", ours, ours, ours=True))
     found.append(make("pytorch eager", models.ours, functools.partial(reference_forward, models.ours)))
     if installed("timm"):
         model = models.timm()

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -14,13 +14,20 @@ from typing import Any
 
 import torch
 
-from . import bench_attention, bench_layer_norm, bench_mlp, bench_model, bench_overhead, bench_patch_embed, bench_train
-from . import schema
+from . import (
+    bench_attention,
+    bench_layer_norm,
+    bench_mlp,
+    bench_model,
+    bench_overhead,
+    bench_patch_embed,
+    bench_train,
+    schema,
+)
 from .harness import Case, DeviceLost, Settings, run_case, shape_text
 from .machine import measure, origin
 from .peers import absent
 
-PRESETS = ("overview", "standard", "growth", "dry")
 _OP_DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16",)}
 _TRAIN_DTYPES = {"cpu": ("float32", "autocast"), "cuda": ("autocast", "bfloat16")}
 
@@ -32,10 +39,10 @@ class Suite:
     module: ModuleType
     ops: tuple[str, ...]
     shapes: dict[str, list[dict[str, int | str]]]
-    dtypes: dict[str, tuple[str, ...]]
+    dtypes: Mapping[str, tuple[str, ...]]
 
 
-def _suite(module: ModuleType, dtypes: dict[str, tuple[str, ...]] = _OP_DTYPES) -> Suite:
+def _suite(module: ModuleType, dtypes: Mapping[str, tuple[str, ...]] = _OP_DTYPES) -> Suite:
     return Suite(module, module.OPS, module.SHAPES, dtypes)
 
 
