@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "train a model on real images",
     "eval": "accuracy, top-5, loss and per-class figures of a checkpoint",
     "predict": "classify image files with a checkpoint",
+    "bench": "time kernels and models beside other libraries and the machine's own floor",
 }
 
 

@@ -1,0 +1,148 @@
+"""How fast is it here: kernels and models beside plain PyTorch and other libraries, and how far from the machine's floor.
+
+Without a name: an overview of two minutes. `vitfast bench report DIR` makes tables and plots of saved results."""
+
+import argparse
+import shlex
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from vitfast.benchmarks import options
+
+EXIT_WORSE = 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "what",
+        nargs="?",
+        choices=(*options.SUITES, "report"),
+        metavar="NAME",
+        help=f"{', '.join(options.SUITES)}, or report",
+    )
+    parser.add_argument("folder", nargs="?", type=Path, metavar="DIR", help="report: the folder of result files")
+    options.add_run_options(parser)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write results (JSON, CSV), a report and plots there")
+    parser.add_argument(
+        "--check", type=Path, metavar="FILE", help="compare with saved results; exit 1 where a ratio fell beyond noise"
+    )
+    parser.add_argument("--against", metavar="REV", help="also build another commit and compare our times with its")
+    parser.add_argument(
+        "--into", nargs="+", type=Path, default=(), metavar="FILE", help="report: documents with measured parts to fill"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    warnings.filterwarnings("ignore", category=UserWarning)  # of libraries: they would break up the progress bar
+    if args.what == "report":
+        return _report(args)
+    if args.folder is not None or args.into:
+        raise ValueError("DIR and --into go with `vitfast bench report` only")
+    from vitfast.benchmarks import schema
+
+    baseline = schema.read(args.check) if args.check else None  # before minutes of measuring
+    names = (args.what,) if args.what else options.SUITES
+    if args.against:
+        return _against(args, names)
+    command = "vitfast bench " + shlex.join(sys.argv[2:]) if len(sys.argv) > 2 else "vitfast bench"
+    path = None if args.out is None else args.out / f"{args.what or 'overview'}.json"
+    content = options.run(names, args, command, path)
+    from vitfast.benchmarks.report import print_table
+
+    print_table(content)
+    if path is not None:
+        _write_beside(path, content)
+    return 0 if baseline is None else _check(content, baseline)
+
+
+def _write_beside(path: Path, content: dict[str, Any]) -> None:
+    """The CSV of these results, and report and plots of the whole folder."""
+    from vitfast.benchmarks import schema
+
+    csv = path.with_suffix(".csv")
+    schema.write_text(csv, schema.to_csv(schema.rows_of(content)))
+    written = [path, csv, *_folder_report(path.parent)]
+    print("\n" + "\n".join(map(str, written)))
+
+
+def _folder_report(folder: Path) -> list[Path]:
+    """report.md and plots of the result files in this one folder; plots need matplotlib."""
+    from vitfast.benchmarks import report, schema
+
+    written = []
+    machine = next(m for m in report.machines(folder) if m.folder == folder)
+    try:
+        from vitfast.benchmarks import plots
+
+        written += plots.draw(machine.rows, machine.contents[0]["machine"], folder)
+    except ImportError as error:
+        print(f"no plots: {error} (pip install matplotlib)", file=sys.stderr)
+    links = [plot.name for plot in written]
+    schema.write_text(folder / "report.md", report.everything(machine, links) + "\n")
+    return [folder / "report.md", *written]
+
+
+def _report(args: argparse.Namespace) -> int:
+    if args.folder is None:
+        raise ValueError("report needs the folder of result files: vitfast bench report DIR [--into FILE ...]")
+    from vitfast.benchmarks import report, schema
+
+    written = []
+    for machine in report.machines(args.folder):
+        written += _folder_report(machine.folder)
+    for document in args.into:
+        filled = report.fill(document.read_text(), args.folder, document.parent)
+        schema.write_text(document, filled)
+        written.append(document)
+    print("\n".join(map(str, written)))
+    return 0
+
+
+def _check(content: dict[str, Any], baseline: dict[str, Any]) -> int:
+    from vitfast.benchmarks import compare
+
+    changes = compare.check(content, baseline)
+    worse = [change for change in changes if change.worse]
+    for change in worse:
+        print(f"worse: {change}")
+    print(f"{len(changes)} ratios compared with the baseline, {len(worse)} worse by more than the noise")
+    return EXIT_WORSE if worse else 0
+
+
+def _against(args: argparse.Namespace, names: tuple[str, ...]) -> int:
+    from vitfast.benchmarks import compare
+
+    print(f"building {args.against} in a worktree of its own", file=sys.stderr)
+    with compare.other_commit(args.against) as tree:
+        now, then = compare.against(tree, [*names, *_run_arguments(args, len(names))])
+    found = compare.differences(now, then)
+    width = max((len(" ".join(row.key)) for row, _, _ in found), default=0)
+    print(f"{'':{width}}  {'now, ms':>10s} {'then, ms':>10s} {'then / now':>11s}")
+    for row, old, verdict in found:
+        assert row.ms is not None
+        assert old.ms is not None
+        print(f"{' '.join(row.key):{width}}  {row.ms:10.3f} {old.ms:10.3f} {old.ms / row.ms:11.2f}  {verdict}")
+    if args.out is not None:
+        from vitfast.benchmarks import schema
+
+        schema.write(args.out / "now.json", now)
+        schema.write(args.out / "then.json", then)
+    return 0
+
+
+def _run_arguments(args: argparse.Namespace, count: int) -> list[str]:
+    """The options again, for other processes; only our providers and plain PyTorch unless told."""
+    providers = list(args.providers) or ["vitfast*", "pytorch eager"]
+    arguments = ["--seconds", str(args.seconds), "--providers", *providers]
+    arguments += ["--preset", args.preset or ("standard" if count == 1 else "overview")]
+    for name, values in (("--shapes", args.shapes), ("--dtype", args.dtype), ("--direction", args.direction)):
+        if values:
+            arguments += [name, *values]
+    for name, value in (("--device", args.device), ("--minutes", args.minutes), ("--threads", args.threads)):
+        if value is not None:
+            arguments += [name, str(value)]
+    if args.timing is not None:
+        arguments += ["--timing", args.timing]
+    return arguments
