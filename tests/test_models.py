@@ -12,7 +12,8 @@ import vitfast
 from vitfast.models.table import CONFIGS
 
 OURS_ONLY = {"vit_tiny_patch2_8", "vit_tiny_patch4_28", "vit_tiny_patch4_32"}
-TIMM_NAMES = sorted(set(CONFIGS) - OURS_ONLY)
+UNNAMED_IN_TIMM = {"vit_tiny_patch32_224": 224, "vit_tiny_patch32_384": 384}
+TIMM_NAMES = sorted(set(CONFIGS) - OURS_ONLY - set(UNNAMED_IN_TIMM))
 
 # One of each kind of architecture: what differs is in the comment.
 KINDS = [
@@ -120,6 +121,17 @@ def test_bf16_is_as_near_fp64_as_timm(name, autocast):
     theirs, ours = run(reference, images, d_logits, autocast), run(model, images, d_logits, autocast)
     assert rel(ours[0], truth[0]) <= 1.2 * rel(theirs[0], truth[0])  # the project's bar for bf16
     assert rel(flat(ours[1]), flat(truth[1])) <= 1.2 * rel(flat(theirs[1]), flat(truth[1]))
+
+
+@pytest.mark.parametrize("name", UNNAMED_IN_TIMM)
+def test_sizes_that_timm_has_no_name_for(name):
+    """timm's own class, built for patch 32 from its patch-16 name."""
+    reference = timm.create_model("vit_tiny_patch16_224", patch_size=32, img_size=UNNAMED_IN_TIMM[name]).eval()
+    model = vitfast.create_model(name).eval()
+    model.load_state_dict(reference.state_dict())
+    images, _ = batch(model)
+    with torch.no_grad():
+        assert rel(model(images), reference(images)) <= 1e-5
 
 
 @pytest.mark.parametrize("name", TIMM_NAMES)

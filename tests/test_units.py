@@ -135,6 +135,17 @@ def test_without_biases_and_scale(backend: str) -> None:
     check_parity(norm_mlp_case((2, 5, 24), extras=False), "norm_mlp", backend, torch.float32)
 
 
+@pytest.mark.parametrize("op", UNITS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_noncontiguous(backend: str, op: str) -> None:
+    """Permuted activations and transposed weights."""
+    case = UNITS[op]((3, 7, 24))
+    for name, tensor in case.tensors.items():
+        if tensor is not None and tensor.dim() > 1:
+            case.tensors[name] = tensor.transpose(0, 1).contiguous().transpose(0, 1)
+    check_parity(case, op, backend, torch.float32)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_linear(dtype: torch.dtype) -> None:
     check_parity(linear_case((2, 5, 24)), "mlp", "torch", dtype)

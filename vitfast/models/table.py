@@ -76,6 +76,8 @@ _family(
     {},
     vit_tiny_patch16_224=("tiny", 16, 224),
     vit_tiny_patch16_384=("tiny", 16, 384, 1.0),
+    vit_tiny_patch32_224=("tiny", 32, 224),  # this one and the next are not in timm's table
+    vit_tiny_patch32_384=("tiny", 32, 384, 1.0),
     vit_small_patch8_224=("small", 8, 224, 0.9, IMAGENET),
     vit_small_patch16_224=("small", 16, 224),
     vit_small_patch16_384=("small", 16, 384, 1.0),
