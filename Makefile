@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 TESTS ?=
 
-.PHONY: demo test lint format aot clean
+.PHONY: demo test lint format aot gpu gpu-dry clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -30,6 +30,15 @@ format: $(VENV)/.built
 # Compiles every Triton kernel for sm_80, sm_90 and sm_100 without a GPU; fails on spills.
 aot: $(VENV)/.built
 	$(BIN)/python -m vitfast.kernels.aot --out build/aot.json
+
+# On a GPU, under ten minutes: build, parity, benchmarks; at most eight files in OUT. Uses PYTHON as it is, no .venv.
+OUT ?= runs/gpu
+gpu:
+	PYTHONPATH=. $(PYTHON) -m vitfast.benchmarks.gpu --out $(OUT)
+
+# The same way at tiny sizes on the CPU, to find a typo before the GPU does.
+gpu-dry: $(VENV)/.built
+	PYTHONPATH=. $(BIN)/python -m vitfast.benchmarks.gpu --dry --out runs/gpu-dry
 
 clean:
 	rm -rf build $(VENV) vitfast/*.so

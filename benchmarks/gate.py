@@ -79,9 +79,10 @@ class Gate:
             error, allowed = relative_error(found[name], truth), FACTOR * self.plain[name] + self.floor
             if not math.isfinite(error):
                 return math.inf, f"{name} is not finite"
-            if error / allowed > worst:
-                worst, where = error / allowed, f"{name} is {error:.2g} from fp64, allowed {allowed:.2g}"
-        return worst, where if worst > 1 else ""
+            worst = max(worst, error / allowed)
+            if error > allowed and not where:  # the first: results come before gradients
+                where = f"{name} is {error:.2g} from fp64, allowed {allowed:.2g}"
+        return worst, where
 
 
 def outcome(

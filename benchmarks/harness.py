@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import gc
 import math
 import statistics
 import time
@@ -185,7 +186,7 @@ def run_case(case: Case, machine: Mapping[str, Any], settings: Settings) -> list
             if reason:
                 refused[provider.name] = f"wrong: {reason}"
         except Exception as error:  # any library's: the others go on, the row says why this one did not
-            _raise_if_lost(case.device, provider.name, error)
+            raise_if_lost(case.device, provider.name, error)
             refused[provider.name] = f"failed: {_first_line(error)}"
     del gate
     rows = []
@@ -204,7 +205,8 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:160]}"
 
 
-def _raise_if_lost(device: str, provider: str, error: BaseException) -> None:
+def raise_if_lost(device: str, provider: str, error: BaseException) -> None:
+    """Raise DeviceLost, starting with the provider's name, if the GPU no longer answers after its error."""
     if device == "cuda":
         try:
             torch.cuda.synchronize()
@@ -235,6 +237,7 @@ def _direction_rows(
         if provider.name not in refused:
             running.append(row)
     contenders = {}
+    gc.collect()  # so that garbage of earlier cases is not freed inside a measurement
     copies = _copies(inputs, case, machine)
     for row in running:
         provider = next(p for p in providers if p.name == row.provider)
@@ -249,7 +252,7 @@ def _direction_rows(
                 row.kept_mib = kept_mib(contender.forward_only, own)
             contenders[row.provider] = contender
         except Exception as error:  # as in the gate
-            _raise_if_lost(case.device, provider.name, error)
+            raise_if_lost(case.device, provider.name, error)
             row.note = f"failed: {_first_line(error)}"
     if case.timed:
         settings.report(f"{case.title}: {direction}, {len(contenders)} providers in turn")

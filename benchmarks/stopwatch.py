@@ -7,7 +7,6 @@ operands in the cache (the copies together are larger than the last-level cache)
 from __future__ import annotations
 
 import ctypes
-import gc
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -113,7 +112,6 @@ def peak_mib(call: Call, device: str) -> tuple[float | None, str]:
     CPU: growth of the resident set to its high-water mark, after freed memory was given back to the system, so that the
     allocator's own cache does not hide it; whole pages, scratch memory of libraries included.
     """
-    gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
