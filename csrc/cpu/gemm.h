@@ -1,7 +1,7 @@
 // Small products for attention, and the packing of their operands. Included by attention_*_kernel.h after vec.h.
 // Operands are 32-bit words: one fp32 number, or (kPairs) two bf16 that are neighbours along the contracted axis, for
-// the dot-product instruction of avx512_bf16. A "panel" is an operand [words][columns] whose columns are padded with
-// zeros to whole vectors.
+// the dot-product instruction of avx512_bf16; other instruction sets widen them. A "panel" is an operand
+// [words][columns] whose columns are padded with zeros to whole vectors.
 
 constexpr int kTileRows = VITFAST_LEVEL >= 2 ? 6 : 4;
 constexpr int kTileVecs = VITFAST_LEVEL >= 2 ? 4 : VITFAST_LEVEL == 1 ? 3 : 2;
@@ -12,7 +12,10 @@ VITFAST_INLINE Vec multiply_add(Vec a, Vec b, Vec sum) {
 #if VITFAST_LEVEL >= 3
     if constexpr (kPairs) return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
 #endif
-    static_assert(!kPairs || VITFAST_LEVEL >= 3);
+    if constexpr (kPairs) {
+        const Vec first = fma((Vec)((UVec)a << 16), (Vec)((UVec)b << 16), sum);
+        return fma((Vec)((UVec)a & 0xffff0000u), (Vec)((UVec)b & 0xffff0000u), first);
+    }
     return fma(a, b, sum);
 }
 
@@ -210,11 +213,12 @@ VITFAST_INLINE void transpose(Vec rows[kLanes]) {
     }
 }
 
-// Rows x[rows, width] to the panel [words_for(width)][round_to_lanes(rows)]: for products over the width.
+// Rows x[rows, width] to the panel [words_for(width)][columns], columns being rows or more, rounded to whole vectors:
+// for products over the width.
 template <bool kPairs, class T>
-void transposed_panel(const T* x, int64_t row_stride, int64_t rows, int64_t width, uint32_t* panel) {
+void transposed_panel(const T* x, int64_t row_stride, int64_t rows, int64_t width, int64_t columns, uint32_t* panel) {
     constexpr int64_t kPerWord = kPairs ? 2 : 1;
-    const int64_t columns = round_to_lanes(rows), words = words_for<kPairs>(width);
+    const int64_t words = words_for<kPairs>(width);
     for (int64_t r = 0; r < columns; r += kLanes) {
         for (int64_t i = r + kLanes; i < std::min(rows, r + 2 * kLanes); ++i) prefetch_row(x + i * row_stride, width);
         for (int64_t w = 0; w < words; w += kLanes) {
@@ -237,10 +241,10 @@ VITFAST_INLINE Vec pair_words(Vec first, Vec second) {
     return (Vec)(low | (high << 16));
 }
 
-// Rows x[rows, width] to the panel [words_for(rows)][round_to_lanes(width)]: for products over the rows.
+// Rows x[rows, width] to the panel [words_for(rows)][columns], columns being width or more, rounded to whole vectors:
+// for products over the rows.
 template <bool kPairs, class T>
-void row_panel(const T* x, int64_t row_stride, int64_t rows, int64_t width, uint32_t* panel) {
-    const int64_t columns = round_to_lanes(width);
+void row_panel(const T* x, int64_t row_stride, int64_t rows, int64_t width, int64_t columns, uint32_t* panel) {
     constexpr int64_t kRowsPerWord = kPairs ? 2 : 1;
     for (int64_t w = 0; w < words_for<kPairs>(rows); ++w) {
         for (int64_t r = w * kRowsPerWord + kPrefetchRows; r < std::min(rows, (w + 1) * kRowsPerWord + kPrefetchRows);
