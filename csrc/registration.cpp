@@ -31,6 +31,11 @@ STABLE_TORCH_LIBRARY(vitfast_C, m) {
     m.def("unpatchify(Tensor d_patches, int patch, Tensor scale, Tensor(a!) d_images) -> ()");
     m.def(
         "assemble_tokens(Tensor projected, Tensor? bias, Tensor? pos_embed, Tensor? prefix, Tensor(a!) tokens) -> ()");
+    m.def(
+        "linear(Tensor x, Tensor weight, bool transposed, Tensor? bias, str activation, Tensor? residual, Tensor? "
+        "scale, "
+        "Tensor? drop_path, Tensor(a!)? before, Tensor(b!) out) -> ()");
+    m.def("linear_weight_grad(Tensor d_out, Tensor x, Tensor(a!) d_weight) -> ()");
     m.def("cpu_capability() -> str");
     m.def("set_cpu_capability(str capability) -> ()");
 }

@@ -1,12 +1,11 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
-#include <new>
 #include <vector>
 
 #include "check.h"
 #include "isa.h"
+#include "scratch.h"
 
 // What attention's forward and backward share. Shapes: T rows of all sequences together, S sequences, H heads,
 // E head dim, L = max_seqlen.
@@ -46,33 +45,6 @@ struct AttentionBackward {
     Y* d_qkv;
     float scale;
     int64_t rows, heads, head_dim;
-};
-
-// 64-byte aligned scratch, handed out in 32-bit words; one per thread.
-class Scratch {
-  public:
-    explicit Scratch(int64_t words) : words_(words + kSlack) {
-        data_ = static_cast<uint32_t*>(std::aligned_alloc(64, (words_ * 4 + 63) / 64 * 64));
-        if (!data_) throw std::bad_alloc();
-    }
-    ~Scratch() { std::free(data_); }
-    Scratch(const Scratch&) = delete;
-    Scratch& operator=(const Scratch&) = delete;
-
-    void reset() { used_ = 0; }
-
-    template <class T>
-    T* take(int64_t words) {
-        T* const part = reinterpret_cast<T*>(data_ + used_);
-        used_ += (words + 15) / 16 * 16;
-        if (used_ > words_) fail("internal error: attention scratch of ", words_, " words is too small");
-        return part;
-    }
-
-  private:
-    static constexpr int64_t kSlack = 1024;  // rounding of each part to whole cache lines
-    uint32_t* data_;
-    int64_t words_, used_ = 0;
 };
 
 // Checked sizes and the work list of one call.

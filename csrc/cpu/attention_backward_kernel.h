@@ -112,8 +112,8 @@ void backward_block(const AttentionBackward<Y>& a, const HeadOfSequence& item, i
     const Y* const q = a.qkv + start * stride + item.head * head_dim;
     const Y* const d_out = a.d_out + start * out_stride + item.head * head_dim;
     const Y* const out = a.out + start * out_stride + item.head * head_dim;
-    row_panel<kPairs>(q, stride, count, head_dim, w.query_panel);
-    row_panel<kPairs>(d_out, out_stride, count, head_dim, w.d_out_panel);
+    row_panel<kPairs>(q, stride, count, head_dim, width, w.query_panel);
+    row_panel<kPairs>(d_out, out_stride, count, head_dim, width, w.d_out_panel);
     const Operand queries = row_operand<kPairs>(q, stride, count, head_dim, w.queries);
     const Operand d_outs = row_operand<kPairs>(d_out, out_stride, count, head_dim, w.d_outs);
     multiply<kPairs>(queries, w.keys_t, count, columns, words, w.logits, columns, false);
@@ -147,13 +147,13 @@ void attention_backward_head(const AttentionBackward<Y>& a, const HeadOfSequence
     const BackwardWorkspace<Y> w(scratch, block, max_seqlen, a.head_dim);
     const int64_t part = a.heads * a.head_dim, stride = 3 * part;
     const int64_t k_offset = item.start * stride + part + item.head * a.head_dim;
-    transposed_panel<kPairs>(a.qkv + k_offset, stride, item.length, a.head_dim, w.keys_t);
-    transposed_panel<kPairs>(a.qkv + k_offset + part, stride, item.length, a.head_dim, w.values_t);
-    row_panel<kPairs>(a.qkv + k_offset, stride, item.length, a.head_dim, w.keys);
+    const int64_t columns = round_to_lanes(item.length), width = round_to_lanes(a.head_dim);
+    transposed_panel<kPairs>(a.qkv + k_offset, stride, item.length, a.head_dim, columns, w.keys_t);
+    transposed_panel<kPairs>(a.qkv + k_offset + part, stride, item.length, a.head_dim, columns, w.values_t);
+    row_panel<kPairs>(a.qkv + k_offset, stride, item.length, a.head_dim, width, w.keys);
     for (int64_t i = 0; i < item.length; i += block) {
         backward_block(a, item, i, std::min(block, item.length - i), w, d_bias);
     }
-    const int64_t width = round_to_lanes(a.head_dim);
     write_rows(w.d_keys, width, a.scale, a.d_qkv + k_offset, stride, item.length, a.head_dim);
     write_rows(w.d_values, width, 1.0f, a.d_qkv + k_offset + part, stride, item.length, a.head_dim);
 }

@@ -55,9 +55,10 @@ template <class Y>
 void attention_pack(const AttentionForward<Y>& a, const HeadOfSequence& item, ForwardWorkspace<Y>& w) {
     constexpr bool kPairs = ForwardWorkspace<Y>::kPairs;
     const int64_t stride = 3 * a.heads * a.head_dim;
+    const int64_t columns = round_to_lanes(item.length), width = round_to_lanes(a.head_dim);
     const Y* const k = a.qkv + item.start * stride + (a.heads + item.head) * a.head_dim;
-    transposed_panel<kPairs>(k, stride, item.length, a.head_dim, w.keys);
-    row_panel<kPairs>(k + a.heads * a.head_dim, stride, item.length, a.head_dim, w.values);
+    transposed_panel<kPairs>(k, stride, item.length, a.head_dim, columns, w.keys);
+    row_panel<kPairs>(k + a.heads * a.head_dim, stride, item.length, a.head_dim, width, w.values);
 }
 
 // Queries [begin, begin + count) of the packed head.

@@ -1,7 +1,7 @@
 // Small products for attention, and the packing of their operands. Included by attention_*_kernel.h after vec.h.
 // Operands are 32-bit words: one fp32 number, or (kPairs) two bf16 that are neighbours along the contracted axis, for
-// the dot-product instruction of avx512_bf16. A "panel" is an operand [words][columns] whose columns are padded with
-// zeros to whole vectors.
+// the dot-product instruction of avx512_bf16; other instruction sets widen them. A "panel" is an operand
+// [words][columns] whose columns are padded with zeros to whole vectors.
 
 constexpr int kTileRows = VITFAST_LEVEL >= 2 ? 6 : 4;
 constexpr int kTileVecs = VITFAST_LEVEL >= 2 ? 4 : VITFAST_LEVEL == 1 ? 3 : 2;
@@ -12,7 +12,10 @@ VITFAST_INLINE Vec multiply_add(Vec a, Vec b, Vec sum) {
 #if VITFAST_LEVEL >= 3
     if constexpr (kPairs) return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
 #endif
-    static_assert(!kPairs || VITFAST_LEVEL >= 3);
+    if constexpr (kPairs) {
+        const Vec first = fma((Vec)((UVec)a << 16), (Vec)((UVec)b << 16), sum);
+        return fma((Vec)((UVec)a & 0xffff0000u), (Vec)((UVec)b & 0xffff0000u), first);
+    }
     return fma(a, b, sum);
 }
 
@@ -36,25 +39,50 @@ struct Operand {
     int64_t row, word;
 };
 
+// Memory that the next product will read, brought into L2 a few cache lines at a time while this one computes.
+struct Ahead {
+    const char* row;
+    int64_t rows, width, pitch;  // width and pitch in bytes
+    int64_t lines;               // each time
+    int64_t at = 0;
+
+    VITFAST_INLINE_MEMBER void fetch() {
+        for (int64_t i = 0; i < lines && rows > 0; ++i) {
+            __builtin_prefetch(row + at, 0, 2);
+            at += 64;
+            if (at < width) continue;
+            at = 0;
+            row += pitch;
+            --rows;
+        }
+    }
+};
+
+constexpr int64_t kAheadWords = 32;  // words of the contracted axis between two fetches
+
 // C[M, N vectors] = (or +=) A[M, words] * panel, accumulators in registers.
 template <bool kPairs, int M, int N>
-void multiply_tile(Operand a, const uint32_t* panel, int64_t columns, int64_t words, float* c, int64_t c_row,
-                   bool add) {
+void multiply_tile(Operand a, const uint32_t* panel, int64_t columns, int64_t words, float* c, int64_t c_row, bool add,
+                   Ahead* ahead) {
     Vec sum[M][N];
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
         for (int n = 0; n < N; ++n) sum[m][n] = add ? load(c + m * c_row + n * kLanes) : Vec{};
     }
-    for (int64_t k = 0; k < words; ++k) {
-        Vec b[N];
+    for (int64_t first = 0; first < words; first += kAheadWords) {
+        if (ahead) ahead->fetch();
+        const int64_t last = std::min(words, first + kAheadWords);
+        for (int64_t k = first; k < last; ++k) {
+            Vec b[N];
 #pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) b[n] = load_words(panel + k * columns + n * kLanes);
+            for (int n = 0; n < N; ++n) b[n] = load_words(panel + k * columns + n * kLanes);
 #pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) {
-            const Vec value = broadcast_word(a.data + m * a.row + k * a.word);
+            for (int m = 0; m < M; ++m) {
+                const Vec value = broadcast_word(a.data + m * a.row + k * a.word);
 #pragma GCC unroll 4
-            for (int n = 0; n < N; ++n) sum[m][n] = multiply_add<kPairs>(value, b[n], sum[m][n]);
+                for (int n = 0; n < N; ++n) sum[m][n] = multiply_add<kPairs>(value, b[n], sum[m][n]);
+            }
         }
     }
 #pragma GCC unroll 8
@@ -66,21 +94,21 @@ void multiply_tile(Operand a, const uint32_t* panel, int64_t columns, int64_t wo
 
 template <bool kPairs, int N>
 VITFAST_INLINE void multiply_rows(int rows, Operand a, const uint32_t* panel, int64_t columns, int64_t words, float* c,
-                                  int64_t c_row, bool add) {
+                                  int64_t c_row, bool add, Ahead* ahead = nullptr) {
     switch (rows) {
         case 1:
-            return multiply_tile<kPairs, 1, N>(a, panel, columns, words, c, c_row, add);
+            return multiply_tile<kPairs, 1, N>(a, panel, columns, words, c, c_row, add, ahead);
         case 2:
-            return multiply_tile<kPairs, 2, N>(a, panel, columns, words, c, c_row, add);
+            return multiply_tile<kPairs, 2, N>(a, panel, columns, words, c, c_row, add, ahead);
         case 3:
-            return multiply_tile<kPairs, 3, N>(a, panel, columns, words, c, c_row, add);
+            return multiply_tile<kPairs, 3, N>(a, panel, columns, words, c, c_row, add, ahead);
         case 4:
-            return multiply_tile<kPairs, 4, N>(a, panel, columns, words, c, c_row, add);
+            return multiply_tile<kPairs, 4, N>(a, panel, columns, words, c, c_row, add, ahead);
 #if VITFAST_LEVEL >= 2
         case 5:
-            return multiply_tile<kPairs, 5, N>(a, panel, columns, words, c, c_row, add);
+            return multiply_tile<kPairs, 5, N>(a, panel, columns, words, c, c_row, add, ahead);
         case 6:
-            return multiply_tile<kPairs, 6, N>(a, panel, columns, words, c, c_row, add);
+            return multiply_tile<kPairs, 6, N>(a, panel, columns, words, c, c_row, add, ahead);
 #endif
     }
 }
@@ -144,6 +172,8 @@ VITFAST_INLINE void prefetch_row_to_write(const T* row, int64_t width) {
 }
 
 constexpr int64_t kPrefetchRows = 12;
+constexpr int64_t kPrefetchBlocks = 4;  // in rows too wide for several of them to stay in L1
+constexpr int64_t kNarrowWidth = 256;
 
 // kLanes words of a row that has n more numbers; 0 past its end.
 template <bool kPairs, class T>
@@ -210,14 +240,56 @@ VITFAST_INLINE void transpose(Vec rows[kLanes]) {
     }
 }
 
-// Rows x[rows, width] to the panel [words_for(width)][round_to_lanes(rows)]: for products over the width.
+#if VITFAST_LEVEL >= 2
+// Transposes 16 rows of 16 words from memory to memory. Rows i, i + 4, i + 8 and i + 12 are loaded into the quarters of
+// one vector, which leaves the transposition of 4 x 4 words inside the quarters.
+VITFAST_INLINE void transpose_block(const uint32_t* from, int64_t row, uint32_t* to, int64_t to_row) {
+    for (int c = 0; c < kLanes; c += 4) {
+        __m512 rows[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            const float* const start = reinterpret_cast<const float*>(from) + i * row + c;
+            rows[i] = _mm512_castps128_ps512(_mm_loadu_ps(start));
+            rows[i] = _mm512_insertf32x4(rows[i], _mm_loadu_ps(start + 4 * row), 1);
+            rows[i] = _mm512_insertf32x4(rows[i], _mm_loadu_ps(start + 8 * row), 2);
+            rows[i] = _mm512_insertf32x4(rows[i], _mm_loadu_ps(start + 12 * row), 3);
+        }
+        const __m512d low01 = (__m512d)_mm512_unpacklo_ps(rows[0], rows[1]);
+        const __m512d low23 = (__m512d)_mm512_unpacklo_ps(rows[2], rows[3]);
+        const __m512d high01 = (__m512d)_mm512_unpackhi_ps(rows[0], rows[1]);
+        const __m512d high23 = (__m512d)_mm512_unpackhi_ps(rows[2], rows[3]);
+        store_words(to + c * to_row, (Vec)_mm512_unpacklo_pd(low01, low23));
+        store_words(to + (c + 1) * to_row, (Vec)_mm512_unpackhi_pd(low01, low23));
+        store_words(to + (c + 2) * to_row, (Vec)_mm512_unpacklo_pd(high01, high23));
+        store_words(to + (c + 3) * to_row, (Vec)_mm512_unpackhi_pd(high01, high23));
+    }
+}
+#endif
+
+// Rows x[rows, width] to the panel [words_for(width)][columns], columns being rows or more, rounded to whole vectors:
+// for products over the width.
 template <bool kPairs, class T>
-void transposed_panel(const T* x, int64_t row_stride, int64_t rows, int64_t width, uint32_t* panel) {
+void transposed_panel(const T* x, int64_t row_stride, int64_t rows, int64_t width, int64_t columns, uint32_t* panel) {
     constexpr int64_t kPerWord = kPairs ? 2 : 1;
-    const int64_t columns = round_to_lanes(rows), words = words_for<kPairs>(width);
+    const int64_t words = words_for<kPairs>(width);
+    const bool narrow = width <= kNarrowWidth;
     for (int64_t r = 0; r < columns; r += kLanes) {
-        for (int64_t i = r + kLanes; i < std::min(rows, r + 2 * kLanes); ++i) prefetch_row(x + i * row_stride, width);
+        for (int64_t i = r + kLanes; narrow && i < std::min(rows, r + 2 * kLanes); ++i) {
+            prefetch_row(x + i * row_stride, width);
+        }
         for (int64_t w = 0; w < words; w += kLanes) {
+            for (int64_t i = r; !narrow && i < std::min(rows, r + kLanes); ++i) {
+                __builtin_prefetch(x + i * row_stride + (w + kPrefetchBlocks * kLanes) * kPerWord);
+            }
+#if VITFAST_LEVEL >= 2
+            if constexpr (sizeof(T) * kPerWord == sizeof(uint32_t)) {
+                if (r + kLanes <= rows && (w + kLanes) * kPerWord <= width && row_stride % kPerWord == 0) {
+                    const auto* const from = reinterpret_cast<const uint32_t*>(x + r * row_stride) + w;
+                    transpose_block(from, row_stride / kPerWord, panel + w * columns + r, columns);
+                    continue;
+                }
+            }
+#endif
             Vec block[kLanes];
 #pragma GCC unroll 16
             for (int i = 0; i < kLanes; ++i) {
@@ -237,10 +309,10 @@ VITFAST_INLINE Vec pair_words(Vec first, Vec second) {
     return (Vec)(low | (high << 16));
 }
 
-// Rows x[rows, width] to the panel [words_for(rows)][round_to_lanes(width)]: for products over the rows.
+// Rows x[rows, width] to the panel [words_for(rows)][columns], columns being width or more, rounded to whole vectors:
+// for products over the rows.
 template <bool kPairs, class T>
-void row_panel(const T* x, int64_t row_stride, int64_t rows, int64_t width, uint32_t* panel) {
-    const int64_t columns = round_to_lanes(width);
+void row_panel(const T* x, int64_t row_stride, int64_t rows, int64_t width, int64_t columns, uint32_t* panel) {
     constexpr int64_t kRowsPerWord = kPairs ? 2 : 1;
     for (int64_t w = 0; w < words_for<kPairs>(rows); ++w) {
         for (int64_t r = w * kRowsPerWord + kPrefetchRows; r < std::min(rows, (w + 1) * kRowsPerWord + kPrefetchRows);

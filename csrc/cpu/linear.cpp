@@ -1,0 +1,241 @@
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <atomic>
+
+#include "check.h"
+#include "isa.h"
+#include "scratch.h"
+
+// Matrix products of linear layers with what follows them in the same pass. Shapes: T rows, I inputs (contracted),
+// O outputs. The right operand is packed into panels of columns that stay in L2; the left one is read where it lies.
+namespace vitfast {
+
+constexpr int64_t kPanelColumns = 64;  // 4 vectors of AVX-512, the width of its register tile
+constexpr int64_t kPanelStep = 16;     // the last panel's columns are rounded up to this
+constexpr int64_t kDepth = 1536;       // words of a panel at a time: 384 KiB, with the rows' block inside 1 MiB of L2
+constexpr int64_t kBlockRows = 204;    // 34 register tiles: a panel read from L3 serves all of them; 197 tokens are one
+
+inline int64_t panels_of(int64_t outputs) { return (outputs + kPanelColumns - 1) / kPanelColumns; }
+
+inline int64_t panel_columns(int64_t outputs, int64_t panel) {
+    const int64_t left = outputs - panel * kPanelColumns;
+    return left >= kPanelColumns ? kPanelColumns : (left + kPanelStep - 1) / kPanelStep * kPanelStep;
+}
+
+// A vector of fp32 or bf16 numbers, or (both null) none.
+struct Parameter {
+    const float* as_float = nullptr;
+    const bf16* as_bf16 = nullptr;
+};
+
+enum class Finish { kNone, kGelu, kGeluTanh };
+
+template <class Y>
+struct RightOperand {
+    const Y* x;
+    int64_t row_stride, outputs, inputs;
+    bool transposed;  // x[inputs, outputs] instead of x[outputs, inputs]
+};
+
+template <class X, class Y>
+struct Product {
+    const Y* x;
+    bool transposed;  // x[inputs, rows] instead of x[rows, inputs]
+    int64_t rows, inputs, outputs;
+    Parameter bias, scale;
+    Finish finish;
+    Y* before;          // null, or what the activation is applied to
+    const X* residual;  // null, or residual + drop_path * scale * product is written
+    const float* drop_path;
+    int64_t rows_per_sample;
+    X* out;
+};
+
+// A thread's scratch: one panel, the left operand's block of rows where it is packed, and its sums.
+struct Workspace {
+    uint32_t *panel, *left;
+    float* sums;
+};
+
+}  // namespace vitfast
+
+#define VITFAST_KERNEL "linear_kernel.h"
+#include "for_each_isa.h"
+
+namespace vitfast {
+namespace {
+
+// A product's work: the rows in `blocks`, the panels in `parts`; an item is one of each.
+struct Split {
+    int64_t blocks, parts;
+};
+
+// Calls run(first row, last row, first panel, last panel, workspace) for each item, in parallel.
+template <class X, class Y, class Run>
+void for_each_item(const Product<X, Y>& args, Split split, const Run& run) {
+    const int64_t panels = panels_of(args.outputs), words = (args.inputs * sizeof(Y) + 3) / 4;
+    const int64_t items = split.blocks * split.parts;
+    std::atomic<int64_t> next{0};
+    const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), items);
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+        const int64_t left = (kBlockRows + kPanelStep) * words;
+        Scratch scratch(kPanelColumns * (words + kBlockRows) + left);
+        const Workspace workspace{scratch.take<uint32_t>(kPanelColumns * words), scratch.take<uint32_t>(left),
+                                  scratch.take<float>(kBlockRows * kPanelColumns)};
+        for (int64_t i = next++; i < items; i = next++) {
+            const int64_t block = i / split.parts, part = i % split.parts;
+            run(args.rows * block / split.blocks, args.rows * (block + 1) / split.blocks, panels * part / split.parts,
+                panels * (part + 1) / split.parts, workspace);
+        }
+    });
+}
+
+// One panel per item, for all rows where that keeps the threads equally busy: every block of rows packs it again, which
+// costs as much as the product of about 7 rows.
+Split split_panels(int64_t rows, int64_t panels) {
+    constexpr double kPackingRows = 7;
+    constexpr int64_t kLeastRows = 24, kMostBlocks = 8;
+    const int64_t threads = torch::stable::get_num_threads();
+    Split best{std::min<int64_t>(rows, 1), panels};
+    double best_time = std::numeric_limits<double>::infinity();
+    for (int64_t blocks = 1; blocks <= std::min(kMostBlocks, rows / kLeastRows); ++blocks) {
+        const double turns = (blocks * panels + threads - 1) / threads;
+        const double time = turns * (static_cast<double>(rows) / blocks + kPackingRows);
+        if (time < best_time) best = {blocks, panels};
+        best_time = std::min(time, best_time);
+    }
+    return best;
+}
+
+// One block of rows per item, with some of the panels: the left operand may have to be packed for each item.
+Split split_rows(int64_t rows, int64_t panels) {
+    constexpr int64_t kItems = 8;  // per thread: none is idle for long at the end
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
+    return {blocks, blocks == 0 ? 0 : std::min(panels, (kItems * threads + blocks - 1) / blocks)};
+}
+
+template <class Run>
+void with_dtype(const Tensor& x, const Run& run) {
+    if (x.scalar_type() == ScalarType::Float) {
+        run(float{});
+    } else {
+        run(bf16{});
+    }
+}
+
+Parameter parameter(const char* name, const OptionalTensor& x, int64_t size) {
+    check(name, x, Device::kCpu, {ScalarType::Float, ScalarType::BFloat16}, {size});
+    if (!x.has_value()) return {};
+    if (x->scalar_type() == ScalarType::Float) return {data<float>(x), nullptr};
+    return {nullptr, data<bf16>(x)};
+}
+
+Finish finish_of(const std::string& activation) {
+    if (activation == "none") return Finish::kNone;
+    if (activation == "gelu") return Finish::kGelu;
+    if (activation == "gelu_tanh") return Finish::kGeluTanh;
+    fail("activation is \"", activation, "\"; allowed: \"none\", \"gelu\", \"gelu_tanh\"");
+}
+
+// out[T, O] = act(x[T, I] W^T + bias), W = weight[O, I] or, transposed, weight[I, O]. bias[O] and scale[O] are fp32 or
+// bf16. before[T, O]: optionally the sum, as the activation sees it. With residual[T, O]: out = residual + drop_path *
+// scale * (x W^T + bias), drop_path[B] with T / B rows per sample.
+void linear(Tensor x, Tensor weight, bool transposed, OptionalTensor bias, std::string activation,
+            OptionalTensor residual, OptionalTensor scale, OptionalTensor drop_path, OptionalTensor before,
+            Tensor out) {
+    check("x", x, Device::kCpu, {ScalarType::Float, ScalarType::BFloat16}, {-1, -1});
+    const int64_t rows = x.size(0), inputs = x.size(1);
+    const ScalarType narrow = x.scalar_type(), wide = residual.has_value() ? residual->scalar_type() : narrow;
+    if (transposed) {
+        check("weight", weight, Device::kCpu, {narrow}, {inputs, -1});
+    } else {
+        check("weight", weight, Device::kCpu, {narrow}, {-1, inputs});
+    }
+    const int64_t outputs = weight.size(transposed ? 1 : 0);
+    check("residual", residual, Device::kCpu, {ScalarType::Float, narrow}, {rows, outputs});
+    check("before", before, Device::kCpu, {narrow}, {rows, outputs});
+    check("drop_path", drop_path, Device::kCpu, {ScalarType::Float}, {-1});
+    check("out", out, Device::kCpu, {wide}, {rows, outputs});
+    const Finish finish = finish_of(activation);
+    if (finish != Finish::kNone && residual.has_value()) fail("residual goes with activation \"none\" only");
+    if (finish == Finish::kNone && before.has_value()) fail("before goes with an activation only");
+    if (!residual.has_value() && (scale.has_value() || drop_path.has_value())) {
+        fail("scale and drop_path go with a residual only");
+    }
+    const int64_t samples = drop_path.has_value() ? drop_path->size(0) : 1;
+    if (samples == 0 ? rows != 0 : rows % samples != 0) {
+        fail("drop_path has ", samples, " samples, which do not divide the ", rows, " rows of x");
+    }
+    const auto run = [&](auto x_type, auto y_type) {
+        using X = decltype(x_type);
+        using Y = decltype(y_type);
+        const Product<X, Y> args{data<Y>(x),
+                                 false,
+                                 rows,
+                                 inputs,
+                                 outputs,
+                                 parameter("bias", bias, outputs),
+                                 parameter("scale", scale, outputs),
+                                 finish,
+                                 mutable_data<Y>(before),
+                                 data<X>(residual),
+                                 data<float>(drop_path),
+                                 samples == 0 ? 1 : rows / samples,
+                                 mutable_data<X>(out)};
+        const RightOperand<Y> right{data<Y>(weight), weight.size(1), outputs, inputs, transposed};
+        const Split split = split_panels(rows, panels_of(outputs));
+        const int64_t threads = torch::stable::get_num_threads();
+        for_each_item(args, split, [&](int64_t begin, int64_t end, int64_t panel, int64_t, const Workspace& workspace) {
+            // Which item comes next is not known: if all threads are equally fast, it is this one.
+            const int64_t next = split.blocks == 1 ? panel + threads : panel;
+            VITFAST_DISPATCH(pack_and_multiply(args, right, begin, end, panel, next, workspace));
+        });
+    };
+    with_dtype(x, [&](auto y_type) {
+        if (wide == ScalarType::Float) {
+            run(float{}, y_type);
+        } else if constexpr (std::is_same_v<decltype(y_type), bf16>) {
+            run(bf16{}, bf16{});
+        }
+    });
+}
+
+// d_weight[O, I] = d_out[T, O]^T x[T, I], summed over the rows in their order.
+void linear_weight_grad(Tensor d_out, Tensor x, Tensor d_weight) {
+    check("d_out", d_out, Device::kCpu, {ScalarType::Float, ScalarType::BFloat16}, {-1, -1});
+    const int64_t rows = d_out.size(0), outputs = d_out.size(1);
+    check("x", x, Device::kCpu, {d_out.scalar_type()}, {rows, -1});
+    const int64_t inputs = x.size(1), panels = panels_of(inputs);
+    check("d_weight", d_weight, Device::kCpu, {d_out.scalar_type()}, {outputs, inputs});
+    with_dtype(x, [&](auto type) {
+        using Y = decltype(type);
+        Product<Y, Y> args{};
+        args.x = data<Y>(d_out);
+        args.transposed = true;
+        args.rows = outputs;
+        args.inputs = rows;
+        args.outputs = inputs;
+        args.out = mutable_data<Y>(d_weight);
+        const RightOperand<Y> right{data<Y>(x), inputs, inputs, rows, true};
+        const int64_t panel_words = (rows * sizeof(Y) + 3) / 4 * kPanelColumns;
+        Scratch packed(panels * panel_words);
+        uint32_t* const words = packed.take<uint32_t>(panels * panel_words);
+        torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) VITFAST_DISPATCH(pack_panel(right, i, words + i * panel_words));
+        });
+        for_each_item(args, split_rows(outputs, panels),
+                      [&](int64_t begin, int64_t end, int64_t first, int64_t last, const Workspace& workspace) {
+                          VITFAST_DISPATCH(multiply_packed(args, words, begin, end - begin, first, last, workspace));
+                      });
+    });
+}
+
+}  // namespace
+}  // namespace vitfast
+
+STABLE_TORCH_LIBRARY_IMPL(vitfast_C, CPU, m) {
+    m.impl("linear", TORCH_BOX(&vitfast::linear));
+    m.impl("linear_weight_grad", TORCH_BOX(&vitfast::linear_weight_grad));
+}

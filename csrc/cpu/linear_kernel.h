@@ -1,0 +1,164 @@
+// One block of rows times one panel of a packed operand, and what becomes of the sums. Included by for_each_isa.h.
+// The packed operand: panels of kPanelColumns columns, [words][columns], one after the other; the columns of the last
+// are rounded up to kPanelStep. The same for every instruction set, so that a packed weight fits whoever uses it.
+#include "gemm.h"
+#include "vec_math.h"
+
+constexpr int kPanelVecs = VITFAST_LEVEL >= 2 ? 4 : 2;  // of a register tile; divides a whole panel's
+
+template <class Y>
+constexpr bool kInPairs = std::is_same_v<Y, bf16>;
+
+// Panel `index` of x[outputs, inputs] (contracted over inputs) or, transposed, of x[inputs, outputs].
+template <class Y>
+void pack_panel(const RightOperand<Y>& p, int64_t index, uint32_t* panel) {
+    constexpr bool kPairs = kInPairs<Y>;
+    const int64_t first = index * kPanelColumns, count = std::min(kPanelColumns, p.outputs - first);
+    const int64_t columns = panel_columns(p.outputs, index);
+    if (p.transposed) {
+        row_panel<kPairs>(p.x + first, p.row_stride, p.inputs, count, columns, panel);
+    } else {
+        transposed_panel<kPairs>(p.x + first * p.row_stride, p.row_stride, count, p.inputs, columns, panel);
+    }
+}
+
+VITFAST_INLINE Vec load(const Parameter& p, int64_t at, int64_t n) {
+    return p.as_float ? load(p.as_float + at, n) : load(p.as_bf16 + at, n);
+}
+
+// Reads sums[rows, kPanelColumns] of output rows from `row` and columns [first, first + count); writes the outputs.
+template <class Activation, class X, class Y>
+void finish_rows(const Product<X, Y>& a, const float* sums, int64_t row, int64_t rows, int64_t first, int64_t count) {
+    constexpr bool kActivates = !std::is_void_v<Activation>;
+    const bool biased = a.bias.as_float || a.bias.as_bf16, scaled = a.scale.as_float || a.scale.as_bf16;
+    for (int64_t i = 0; i < rows; ++i) {
+        const int64_t start = (row + i) * a.outputs + first;
+        const Vec kept = broadcast(a.drop_path ? a.drop_path[(row + i) / a.rows_per_sample] : 1.0f);
+        for (int64_t j = 0; j < count; j += kLanes) {
+            const int64_t n = count - j;
+            Vec value = load(sums + i * kPanelColumns + j);
+            if (biased) value += load(a.bias, first + j, n);
+            if constexpr (kActivates) {
+                if (a.before) {
+                    store(a.before + start + j, value, n);
+                    value = load(a.before + start + j, n);  // as backward will see it
+                }
+                value = Activation::value(value);
+            } else if (a.residual) {
+                if (scaled) value *= load(a.scale, first + j, n);
+                value = fma(value, kept, load(a.residual + start + j, n));
+            }
+            store(a.out + start + j, value, n);
+        }
+    }
+}
+
+template <class X, class Y>
+void finish_rows(const Product<X, Y>& a, const float* sums, int64_t row, int64_t rows, int64_t first, int64_t count) {
+    if constexpr (std::is_same_v<X, Y>) {
+        if (a.finish == Finish::kGelu) {
+            return finish_rows<Gelu<std::is_same_v<Y, bf16>>>(a, sums, row, rows, first, count);
+        }
+        if (a.finish == Finish::kGeluTanh) return finish_rows<GeluTanh>(a, sums, row, rows, first, count);
+    }
+    finish_rows<void>(a, sums, row, rows, first, count);
+}
+
+template <bool kPairs>
+VITFAST_INLINE void multiply_vectors(int64_t vectors, int rows, Operand a, const uint32_t* panel, int64_t columns,
+                                     int64_t words, float* sums, bool add, Ahead* ahead) {
+    switch (vectors) {
+#if VITFAST_LEVEL >= 2
+        case 1:
+            return multiply_rows<kPairs, 1>(rows, a, panel, columns, words, sums, kPanelColumns, add, ahead);
+        case 2:
+            return multiply_rows<kPairs, 2>(rows, a, panel, columns, words, sums, kPanelColumns, add, ahead);
+        case 3:
+            return multiply_rows<kPairs, 3>(rows, a, panel, columns, words, sums, kPanelColumns, add, ahead);
+#endif
+        default:
+            return multiply_rows<kPairs, kPanelVecs>(rows, a, panel, columns, words, sums, kPanelColumns, add, ahead);
+    }
+}
+
+// Output rows [begin, begin + rows) and the columns of panel `index`; left: the left operand from row `begin` on;
+// sums: kBlockRows * kPanelColumns numbers of scratch.
+template <class X, class Y>
+void multiply_panel(const Product<X, Y>& a, Operand left, int64_t begin, int64_t rows, int64_t index,
+                    const uint32_t* right, float* sums, Ahead* ahead) {
+    constexpr bool kPairs = kInPairs<Y>;
+    const int64_t words = words_for<kPairs>(a.inputs), columns = panel_columns(a.outputs, index);
+    const int64_t first = index * kPanelColumns, count = std::min(kPanelColumns, a.outputs - first);
+    const int64_t blocks = std::max<int64_t>(1, (words + kDepth - 1) / kDepth),
+                  tiles = (rows + kTileRows - 1) / kTileRows;
+    for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t from = words * block / blocks, to = words * (block + 1) / blocks;
+        const uint32_t* const panel = right + from * columns;
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+            const int64_t m = rows * tile / tiles, height = rows * (tile + 1) / tiles - m;
+            const Operand part{left.data + m * left.row + from * left.word, left.row, left.word};
+            float* const tile_sums = blocks == 1 ? sums : sums + m * kPanelColumns;
+            const bool last = block == blocks - 1;
+            for (int64_t i = 0; last && i < height; ++i) {
+                const int64_t start = (begin + m + i) * a.outputs + first;
+                prefetch_row_to_write(a.out + start, count);
+                if (a.residual) prefetch_row(a.residual + start, count);
+            }
+            for (int64_t j = 0; j < columns; j += kPanelVecs * kLanes) {
+                const int64_t vectors = std::min<int64_t>(kPanelVecs, (columns - j) / kLanes);
+                multiply_vectors<kPairs>(vectors, height, part, panel + j, columns, to - from, tile_sums + j, block > 0,
+                                         ahead);
+            }
+            if (last) finish_rows(a, tile_sums, begin + m, height, first, count);
+        }
+    }
+}
+
+// Rows [begin, begin + rows) of the left operand: in place where it can be, else packed into scratch, which has room
+// for rows (rounded up to whole vectors) * words.
+template <class X, class Y>
+Operand left_rows(const Product<X, Y>& a, int64_t begin, int64_t rows, uint32_t* scratch) {
+    constexpr bool kPairs = kInPairs<Y>;
+    if (!a.transposed) return row_operand<kPairs>(a.x + begin * a.inputs, a.inputs, rows, a.inputs, scratch);
+    const int64_t columns = round_to_lanes(rows);
+    row_panel<kPairs>(a.x + begin, a.rows, a.inputs, rows, columns, scratch);
+    return {scratch, 1, columns};
+}
+
+// Panel `index` as memory to fetch ahead during `tiles` tiles of `words` words.
+template <class Y>
+Ahead fetch_panel(const RightOperand<Y>& right, int64_t index, int64_t tiles, int64_t words) {
+    const int64_t first = index * kPanelColumns, count = std::min(kPanelColumns, right.outputs - first);
+    if (count <= 0) return {nullptr, 0, 0, 0, 0};
+    const int64_t rows = right.transposed ? right.inputs : count, width = right.transposed ? count : right.inputs;
+    const int64_t lines = rows * (width * sizeof(Y) / 64 + 1),
+                  times = tiles * ((words + kAheadWords - 1) / kAheadWords);
+    const Y* const start = right.x + (right.transposed ? first : first * right.row_stride);
+    return {reinterpret_cast<const char*>(start), rows, int64_t(width * sizeof(Y)),
+            int64_t(right.row_stride * sizeof(Y)), lines / std::max<int64_t>(times, 1) + 1};
+}
+
+// Output rows [begin, end) of panel `index`, which is packed first; meanwhile panel `next` comes closer.
+template <class X, class Y>
+void pack_and_multiply(const Product<X, Y>& a, const RightOperand<Y>& right, int64_t begin, int64_t end, int64_t index,
+                       int64_t next, const Workspace& w) {
+    const int64_t blocks = (end - begin + kBlockRows - 1) / kBlockRows;
+    Ahead ahead = fetch_panel(right, next, (end - begin + kTileRows - 1) / kTileRows, words_for<kInPairs<Y>>(a.inputs));
+    pack_panel(right, index, w.panel);
+    for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t from = begin + (end - begin) * block / blocks;
+        const int64_t rows = begin + (end - begin) * (block + 1) / blocks - from;
+        multiply_panel(a, left_rows(a, from, rows, w.left), from, rows, index, w.panel, w.sums, &ahead);
+    }
+}
+
+// Output rows [begin, begin + rows) of the panels [first, last) that are packed already.
+template <class X, class Y>
+void multiply_packed(const Product<X, Y>& a, const uint32_t* packed, int64_t begin, int64_t rows, int64_t first,
+                     int64_t last, const Workspace& w) {
+    const Operand left = left_rows(a, begin, rows, w.left);
+    for (int64_t panel = first; panel < last; ++panel) {
+        const uint32_t* const right = packed + panel * kPanelColumns * words_for<kInPairs<Y>>(a.inputs);
+        multiply_panel(a, left, begin, rows, panel, right, w.sums, nullptr);
+    }
+}

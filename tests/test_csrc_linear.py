@@ -1,0 +1,164 @@
+"""The products of csrc/cpu/linear.cpp against fp64, on every instruction set this CPU runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerances import assert_close_to_truth
+from torch import Tensor
+
+pytest.importorskip("vitfast._C", reason="the extension is not built: python setup.py build_ext --inplace")
+C = torch.ops.vitfast_C
+
+CAPABILITIES = ["portable", "avx2", "avx512", "avx512_bf16"]
+BEST = C.cpu_capability()
+HALVES = [torch.float32, torch.bfloat16]
+# Rows, inputs, outputs. Tiles have 4 or 6 rows and 16 to 64 columns; inputs over 1536 (fp32) and 3072 (bf16) come in blocks;
+# an odd number of inputs leaves half a word in bf16.
+SHAPES = [
+    (197, 64, 192),
+    (430, 20, 100),
+    (5, 33, 70),
+    (1, 16, 16),
+    (211, 48, 130),
+    (7, 3101, 20),
+    (0, 8, 16),
+    (3, 0, 16),
+]
+
+
+@pytest.fixture(autouse=True, params=CAPABILITIES)
+def capability(request: pytest.FixtureRequest) -> Iterator[str]:
+    if CAPABILITIES.index(request.param) > CAPABILITIES.index(BEST):
+        pytest.skip(f"this CPU runs {BEST} at best")
+    C.set_cpu_capability(request.param)
+    torch.manual_seed(0)
+    yield request.param
+    C.set_cpu_capability(BEST)
+
+
+def product(x: Tensor, weight: Tensor, **options) -> Tensor:
+    transposed, residual = options.get("transposed", False), options.get("residual")
+    dtype = x.dtype if residual is None else residual.dtype
+    out = torch.full((x.shape[0], weight.shape[1 if transposed else 0]), float("nan"), dtype=dtype)
+    rest = [options.get(name) for name in ("scale", "drop_path", "before")]
+    C.linear(x, weight, transposed, options.get("bias"), options.get("activation", "none"), residual, *rest, out)
+    return out
+
+
+def weight_grad(d_out: Tensor, x: Tensor) -> Tensor:
+    d_weight = torch.full((d_out.shape[1], x.shape[1]), float("nan"), dtype=x.dtype)
+    C.linear_weight_grad(d_out, x, d_weight)
+    return d_weight
+
+
+def operands(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    weight = torch.randn(outputs, inputs) / max(inputs, 1) ** 0.5
+    return torch.randn(rows, inputs).to(dtype), weight.to(dtype), torch.randn(outputs).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), SHAPES)
+def test_products(dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> None:
+    """x W^T + b, and the products of both gradients."""
+    x, weight, bias = operands(rows, inputs, outputs, dtype)
+    d_out = torch.randn(rows, outputs).to(dtype)
+    x64, weight64, d64 = x.double(), weight.double(), d_out.double()
+    cases = {
+        "forward": (
+            product(x, weight, bias=bias),
+            F.linear(x, weight, bias),
+            F.linear(x64, weight64, bias.double()),
+        ),
+        "input gradient": (product(d_out, weight, transposed=True), d_out @ weight, d64 @ weight64),
+        "weight gradient": (weight_grad(d_out, x), d_out.t() @ x, d64.t() @ x64),
+    }
+    for name, (ours, plain, truth) in cases.items():
+        assert_close_to_truth(name, ours, plain, truth, dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("activation", "approximate"), [("gelu", "none"), ("gelu_tanh", "tanh")])
+def test_activations(dtype: torch.dtype, activation: str, approximate: str) -> None:
+    x, weight, bias = operands(67, 40, 90, dtype)
+    before = torch.full((67, 90), float("nan"), dtype=dtype)
+    ours = product(x, weight, bias=bias, activation=activation, before=before)
+    plain_before, truth_before = F.linear(x, weight, bias), F.linear(x.double(), weight.double(), bias.double())
+    plain = F.gelu(plain_before, approximate=approximate)
+    assert_close_to_truth("activation", ours, plain, F.gelu(truth_before, approximate=approximate), dtype)
+    assert_close_to_truth("before", before, plain_before, truth_before, dtype)
+    again = torch.empty_like(before)
+    C.activation_forward(before, activation, again)
+    assert torch.equal(ours, again)  # backward makes the activation again from what was kept
+    if dtype == torch.float32:
+        assert torch.equal(ours, product(x, weight, bias=bias, activation=activation))
+
+
+@pytest.mark.parametrize(
+    ("x_dtype", "y_dtype"), [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.float32, torch.bfloat16)]
+)
+@pytest.mark.parametrize("with_scale", [False, True])
+@pytest.mark.parametrize("with_drop_path", [False, True])
+def test_residual(x_dtype: torch.dtype, y_dtype: torch.dtype, with_scale: bool, with_drop_path: bool) -> None:
+    x, weight, bias = operands(66, 35, 75, y_dtype)
+    residual = torch.randn(66, 75).to(x_dtype)
+    scale = torch.randn(75).to(x_dtype) if with_scale else None
+    drop_path = torch.tensor([0.0, 1.25, 1.25]) if with_drop_path else None
+
+    def plain(compute: torch.dtype, stream: torch.dtype) -> Tensor:
+        branch = F.linear(x.to(compute), weight.to(compute), bias.to(compute))
+        if scale is not None:
+            branch = branch * scale.to(branch.dtype)
+        if drop_path is not None:
+            branch = branch * drop_path.to(branch.dtype).repeat_interleave(22).unsqueeze(1)
+        return residual.to(stream) + branch
+
+    ours = product(x, weight, bias=bias, residual=residual, scale=scale, drop_path=drop_path)
+    assert ours.dtype == x_dtype
+    assert_close_to_truth("residual", ours, plain(y_dtype, x_dtype), plain(torch.float64, torch.float64), ours.dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_same_bits_for_any_thread_count(dtype: torch.dtype) -> None:
+    x, weight, bias = operands(430, 100, 200, dtype)
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append((product(x, weight, bias=bias, activation="gelu"), weight_grad(x, x)))
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_rows_do_not_depend_on_their_neighbours() -> None:
+    """A NaN or an infinity stays in its row; so does a row's result, whatever block of rows it is in."""
+    x, weight, _ = operands(20, 33, 24, torch.bfloat16)
+    clean = product(x, weight)
+    x[4, 0], x[9] = float("nan"), float("inf")
+    dirty = product(x, weight)
+    keep = [i for i in range(20) if i not in (4, 9)]
+    assert torch.equal(clean[keep], dirty[keep])
+    assert dirty[4].isnan().all()
+    assert torch.equal(product(x[5:7].contiguous(), weight), clean[5:7])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": torch.zeros(24, 7)}, "weight has shape"),
+        ({"weight": torch.zeros(8, 48)[:, ::2], "transposed": True}, "weight must be contiguous"),
+        ({"bias": torch.zeros(3)}, "bias has shape"),
+        ({"activation": "relu"}, "activation is"),
+        ({"scale": torch.ones(24)}, "go with a residual"),
+        ({"residual": torch.zeros(6, 24), "activation": "gelu"}, "residual goes with"),
+        ({"residual": torch.zeros(6, 24), "drop_path": torch.ones(4)}, "drop_path has 4 samples"),
+        ({"before": torch.zeros(6, 24)}, "before goes with"),
+    ],
+)
+def test_errors(change: dict, message: str) -> None:
+    x, weight, _ = operands(6, 8, 24, torch.float32)
+    with pytest.raises(RuntimeError, match=message):
+        product(x, **{"weight": weight} | change)
