@@ -48,18 +48,7 @@ def main() -> None:
     vit = fit(recipe="digits-vit", out=str(out / "vit"), overwrite=True)
     resnet = fit(recipe="digits-resnet", out=str(out / "resnet"), overwrite=True)
     both_curves({"ViT": out / "vit", "ResNet-20": out / "resnet"}, out / "curves.png")
-    command(
-        [
-            "predict",
-            "--checkpoint",
-            str(vit.checkpoint),
-            "--samples",
-            "24",
-            "--out",
-            str(out / "predictions.png"),
-            "--json",
-        ]
-    )
+    picture(vit.checkpoint, out / "predictions.png")
 
     headline(f"How fast is it: {SPEED_MODEL}, batch {SPEED_BATCH}, {torch.get_num_threads()} CPU threads")
     speed = measure_speed()
