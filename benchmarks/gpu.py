@@ -190,7 +190,7 @@ def dry_options(suite: str, preset: str, options: Sequence[str]) -> list[str]:
         sizes = [f"{axis}={size}" for axis, size in small.items() if axis != "L"]
         arguments += ["--shapes", *sizes, "L=4,8,16", "--direction", "forward"]
     elif suite == "memory":
-        arguments += ["--shapes", "model=vit_tiny_patch16_224", "B=1,2,3"]
+        arguments += ["--shapes", "model=vit_tiny_patch16_224", "depth=1", "B=1,2,3"]
         providers = ["vitfast fused", "timm"]
     elif suite not in ("attention", "model"):  # each pass is walked once; the interpreter is slow
         arguments += ["--direction", "both"]

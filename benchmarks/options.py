@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 SUITES = ("attention", "patch_embed", "layer_norm", "mlp", "model", "train", "overhead", "memory")
 PRESETS = ("overview", "standard", "growth", "dry")
+OVERVIEW_MINUTES = 1.7  # then no new case starts, so that the last one ends at about two
 TIMINGS = ("device", "host", "graph")
 _DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -57,7 +58,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "dry: tiny, only to see that everything runs (default: standard, overview without a name)",
     )
     parser.add_argument("--seconds", type=_positive, default=2.0, help="of timing for each case and pass (default 2)")
-    parser.add_argument("--minutes", type=_positive, help="start no new case after so many minutes")
+    parser.add_argument("--minutes", type=_positive, help="start no new case after so many minutes (overview: 1.7)")
     parser.add_argument("--timing", choices=TIMINGS, help="GPU: device time, host time, or a CUDA graph's")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: PyTorch's")
 
@@ -66,9 +67,14 @@ def run(names: tuple[str, ...], args: argparse.Namespace, command: str, path: Pa
     """Measure; returns the result file's content, and writes it to ``path`` after each case."""
     import time
 
+    start = time.monotonic()
     session, items = prepare(names, args, command, path)
-    deadline = None if args.minutes is None else time.monotonic() + 60 * args.minutes
-    return session.run(items, deadline)
+    minutes = args.minutes or (OVERVIEW_MINUTES if preset_of(names, args) == "overview" else None)
+    return session.run(items, None if minutes is None else start + 60 * minutes)
+
+
+def preset_of(names: tuple[str, ...], args: argparse.Namespace) -> str:
+    return args.preset or ("standard" if len(names) == 1 else "overview")
 
 
 def prepare(
@@ -87,7 +93,7 @@ def prepare(
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda, but PyTorch finds no CUDA GPU here")
-    preset = args.preset or ("standard" if len(names) == 1 else "overview")
+    preset = preset_of(names, args)
     items = plan(names, device, preset, args.shapes, args.dtype)
     settings = Settings(
         seconds=args.seconds,

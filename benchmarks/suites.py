@@ -105,11 +105,11 @@ def plan(
 def product_of(entries: Sequence[str], name: str, suite: Suite) -> list[dict[str, int | str]]:
     """["B=1,2", "L=64"] -> [{"B": 1, "L": 64}, {"B": 2, "L": 64}]."""
     axes: dict[str, list[int | str]] = {}
-    known = suite.module.DEFAULTS
+    known = suite.module.DEFAULTS | suite.shapes["dry"][0]  # a model's depth is an axis too, without a default
     for entry in entries:
         axis, equals, sizes = entry.partition("=")
         if not equals or axis not in known:
-            example = " ".join(f"{a}={v}" for a, v in known.items())
+            example = shape_text(suite.module.DEFAULTS)
             raise ValueError(f"--shapes {entry!r} does not fit {name}; its axes and defaults: {example}")
         values: list[int | str] = []
         for size in sizes.split(","):

@@ -116,7 +116,7 @@ def _against(args: argparse.Namespace, names: tuple[str, ...]) -> int:
 
     print(f"building {args.against} in a worktree of its own", file=sys.stderr)
     with compare.other_commit(args.against) as tree:
-        now, then = compare.against(tree, [*names, *_run_arguments(args, len(names))])
+        now, then = compare.against(tree, [*names, *_run_arguments(args, names)])
     found = compare.differences(now, then)
     width = max((len(" ".join(row.key)) for row, _, _ in found), default=0)
     print(f"{'':{width}}  {'now, ms':>10s} {'then, ms':>10s} {'then / now':>11s}")
@@ -132,11 +132,11 @@ def _against(args: argparse.Namespace, names: tuple[str, ...]) -> int:
     return 0
 
 
-def _run_arguments(args: argparse.Namespace, count: int) -> list[str]:
+def _run_arguments(args: argparse.Namespace, names: tuple[str, ...]) -> list[str]:
     """The options again, for other processes; only our providers and plain PyTorch unless told."""
     providers = list(args.providers) or ["vitfast*", "pytorch eager"]
     arguments = ["--seconds", str(args.seconds), "--providers", *providers]
-    arguments += ["--preset", args.preset or ("standard" if count == 1 else "overview")]
+    arguments += ["--preset", options.preset_of(names, args)]
     for name, values in (("--shapes", args.shapes), ("--dtype", args.dtype), ("--direction", args.direction)):
         if values:
             arguments += [name, *values]
