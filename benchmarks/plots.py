@@ -191,6 +191,7 @@ def memory(rows: Sequence[Row], machine: dict[str, Any]) -> Any:
             color = _color(provider, ours, order)
             sizes, kept = [size for size, _ in points], [row.kept_mib for _, row in points]
             axis.plot(sizes, kept, linestyle=style, marker="o", markersize=4, color=color, label=provider)
+        axis.set_xticks(sorted({size for points in panel.values() for size, _ in points}))
         axis.set(xlabel="batch", ylabel="MiB kept for backward", title=f"{rest}\n{dtype}", ylim=(0, None))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
