@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .heads import Heads, transform, transform_backward
+
 
 def _f32(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.float().contiguous()
@@ -125,12 +127,15 @@ class RawKernels:
         bias: Tensor | None,
         cu_seqlens: Tensor | None,
         max_seqlen: int,
+        padding: Tensor | None,
+        heads: Heads,
     ) -> tuple[Tensor, Tensor]:
+        if heads.active:
+            qkv = transform(qkv, heads)
         out = qkv.new_empty(qkv.shape[:-3] + qkv.shape[-2:])
         lse = qkv.new_empty(qkv.shape[-2], out.shape[:-2].numel(), dtype=torch.float32)
-        self.functions.attention_forward(
-            qkv.flatten(0, -4), scale, bias, *self._lengths(qkv, cu_seqlens, max_seqlen), out.flatten(0, -3), lse
-        )
+        lengths = self._lengths(qkv, cu_seqlens, max_seqlen)
+        self.functions.attention_forward(qkv.flatten(0, -4), scale, bias, padding, *lengths, out.flatten(0, -3), lse)
         return out, lse
 
     def attention_backward(
@@ -143,8 +148,12 @@ class RawKernels:
         bias: Tensor | None,
         cu_seqlens: Tensor | None,
         max_seqlen: int,
+        padding: Tensor | None,
+        heads: Heads,
         want_bias: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+        want_norms: bool,
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
+        given, qkv = qkv, transform(qkv, heads) if heads.active else qkv
         d_qkv = torch.empty_like(qkv)
         d_bias = torch.empty_like(bias, dtype=torch.float32) if want_bias and bias is not None else None
         self.functions.attention_backward(
@@ -154,11 +163,15 @@ class RawKernels:
             lse,
             scale,
             bias,
+            padding,
             *self._lengths(qkv, cu_seqlens, max_seqlen),
             d_qkv.flatten(0, -4),
             d_bias,
         )
-        return d_qkv, d_bias
+        if not heads.active:
+            return d_qkv, d_bias, (None,) * 4
+        d_qkv, d_norms = transform_backward(d_qkv, given, heads, want_norms)
+        return d_qkv, d_bias, d_norms
 
     def _lengths(self, qkv: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> tuple[Any, ...]:
         """What the raw attention takes for "where each sequence lies"."""
