@@ -207,17 +207,17 @@ def plain_attention(q, k, v, scale, bias):
     return logits.softmax(-1) @ v, logits.logsumexp(-1)
 
 
-def attention(qkv, scale, bias, cu_seqlens, max_seqlen):
+def attention(qkv, scale, bias, cu_seqlens, max_seqlen, padding=None):
     rows, _, heads, head_dim = qkv.shape
     out, lse = poisoned(rows, heads, head_dim, dtype=qkv.dtype), poisoned(heads, rows)
-    C.attention_forward(qkv, scale, bias, cu_seqlens, max_seqlen, out, lse)
+    C.attention_forward(qkv, scale, bias, padding, cu_seqlens, max_seqlen, out, lse)
     return out, lse
 
 
-def attention_grad(d_out, qkv, out, lse, scale, bias, cu_seqlens, max_seqlen):
+def attention_grad(d_out, qkv, out, lse, scale, bias, cu_seqlens, max_seqlen, padding=None):
     d_qkv = poisoned(*qkv.shape, dtype=qkv.dtype)
     d_bias = None if bias is None else poisoned(*bias.shape)
-    C.attention_backward(d_out, qkv, out, lse, scale, bias, cu_seqlens, max_seqlen, d_qkv, d_bias)
+    C.attention_backward(d_out, qkv, out, lse, scale, bias, padding, cu_seqlens, max_seqlen, d_qkv, d_bias)
     return d_qkv, d_bias
 
 
@@ -352,8 +352,8 @@ def test_attention_of_nothing():
     for bounds in ([0], [0, 0, 0]):
         qkv, lse = torch.zeros(0, 3, 2, 8), torch.zeros(2, 0)
         out, cu_seqlens = torch.zeros(0, 2, 8), torch.tensor(bounds, dtype=torch.int32)
-        C.attention_forward(qkv, 1.0, None, cu_seqlens, 0, out, lse)
-        C.attention_backward(out, qkv, out, lse, 1.0, None, cu_seqlens, 0, torch.zeros_like(qkv), None)
+        C.attention_forward(qkv, 1.0, None, None, cu_seqlens, 0, out, lse)
+        C.attention_backward(out, qkv, out, lse, 1.0, None, None, cu_seqlens, 0, torch.zeros_like(qkv), None)
 
 
 # Patches
@@ -423,23 +423,25 @@ REFUSALS = {
     "strides": (lambda: C.activation_forward(H.t(), "gelu", H.t()), "h must be contiguous"),
     "shape": (lambda: C.activation_forward(H, "gelu", H[:3]), r"out has shape \[3, 8\]; needed: \[4, 8\]"),
     "head dim": (
-        lambda: C.attention_forward(torch.zeros(1, 3, 1, 257), 1.0, None, cu(0, 1), 1, torch.zeros(1, 1, 257), LSE),
+        lambda: C.attention_forward(
+            torch.zeros(1, 3, 1, 257), 1.0, None, None, cu(0, 1), 1, torch.zeros(1, 1, 257), LSE
+        ),
         "qkv has head dim 257; allowed: 1 to 256",
     ),
     "rows": (
-        lambda: C.attention_forward(QKV, 1.0, None, cu(0, 3), 4, OUT, LSE),
+        lambda: C.attention_forward(QKV, 1.0, None, None, cu(0, 3), 4, OUT, LSE),
         "cu_seqlens runs from 0 to 3; it must run from 0 to qkv's 4 rows",
     ),
     "length": (
-        lambda: C.attention_forward(QKV, 1.0, None, cu(0, 4), 3, OUT, LSE),
+        lambda: C.attention_forward(QKV, 1.0, None, None, cu(0, 4), 3, OUT, LSE),
         "cu_seqlens gives sequence 0 the length 4; allowed: 0 to max_seqlen, 3",
     ),
     "bias": (
-        lambda: C.attention_forward(QKV, 1.0, torch.zeros(2, 1, 4, 4), cu(0, 4), 4, OUT, LSE),
+        lambda: C.attention_forward(QKV, 1.0, torch.zeros(2, 1, 4, 4), None, cu(0, 4), 4, OUT, LSE),
         r"bias has shape \[2, 1, 4, 4\]; its first size must be 1",
     ),
     "d_bias": (
-        lambda: C.attention_backward(OUT, QKV, OUT, LSE, 1.0, None, cu(0, 4), 4, QKV, torch.zeros(1, 1, 4, 4)),
+        lambda: C.attention_backward(OUT, QKV, OUT, LSE, 1.0, None, None, cu(0, 4), 4, QKV, torch.zeros(1, 1, 4, 4)),
         "bias is None; d_bias needs it",
     ),
     "total": (

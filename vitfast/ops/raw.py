@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .arguments import nothing
+from .heads import Heads, transform, transform_backward
 from .products import LibraryProducts
 
 
@@ -128,12 +129,15 @@ class RawKernels(LibraryProducts):
         bias: Tensor | None,
         cu_seqlens: Tensor | None,
         max_seqlen: int,
+        padding: Tensor | None,
+        heads: Heads,
     ) -> tuple[Tensor, Tensor]:
+        if heads.active:
+            qkv = transform(qkv, heads)
         out = qkv.new_empty(qkv.shape[:-3] + qkv.shape[-2:])
         lse = qkv.new_empty(qkv.shape[-2], out.shape[:-2].numel(), dtype=torch.float32)
-        self.functions.attention_forward(
-            qkv.flatten(0, -4), scale, bias, *self._lengths(qkv, cu_seqlens, max_seqlen), out.flatten(0, -3), lse
-        )
+        lengths = self._lengths(qkv, cu_seqlens, max_seqlen)
+        self.functions.attention_forward(qkv.flatten(0, -4), scale, bias, padding, *lengths, out.flatten(0, -3), lse)
         return out, lse
 
     def attention_backward(
@@ -146,8 +150,12 @@ class RawKernels(LibraryProducts):
         bias: Tensor | None,
         cu_seqlens: Tensor | None,
         max_seqlen: int,
+        padding: Tensor | None,
+        heads: Heads,
         want_bias: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+        want_norms: bool,
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
+        given, qkv = qkv, transform(qkv, heads) if heads.active else qkv
         d_qkv = torch.empty_like(qkv)
         d_bias = torch.empty_like(bias, dtype=torch.float32) if want_bias and bias is not None else None
         self.functions.attention_backward(
@@ -157,11 +165,15 @@ class RawKernels(LibraryProducts):
             lse,
             scale,
             bias,
+            padding,
             *self._lengths(qkv, cu_seqlens, max_seqlen),
             d_qkv.flatten(0, -4),
             d_bias,
         )
-        return d_qkv, d_bias
+        if not heads.active:
+            return d_qkv, d_bias, (None,) * 4
+        d_qkv, d_norms = transform_backward(d_qkv, given, heads, want_norms)
+        return d_qkv, d_bias, d_norms
 
     def _lengths(self, qkv: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> tuple[Any, ...]:
         """What the raw attention takes for "where each sequence lies"."""
