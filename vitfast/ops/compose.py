@@ -1,6 +1,6 @@
 """Pieces that several ops are composed of: the two products of an MLP, and a projection added to the residual stream.
 
-Legend: T rows, D width, F hidden width, I inputs, O outputs; ``X`` dtype of the residual stream, ``Y`` of the products.
+Legend: T rows, D width, F hidden width, H = F, or 2F where "swiglu" has a gate beside each, I inputs, O outputs; ``X`` dtype of the residual stream, ``Y`` of the products.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as nn_functional
 
 from .arguments import nothing
 from .products import input_grad, linear, linear_activation, linear_add, weight_grad
@@ -23,16 +24,26 @@ def add_branch_ref(residual: Tensor, branch: Tensor, scale: Tensor | None, drop_
     return residual + branch
 
 
+def activation_ref(h: Tensor, activation: str) -> Tensor:
+    """act(h) in plain PyTorch, [..., F], or [..., 2F] -> [..., F] for "swiglu"; part of several references."""
+    if activation == "swiglu":
+        gate, up = h.chunk(2, dim=-1)
+        return nn_functional.silu(gate) * up
+    if activation == "quick_gelu":
+        return h * torch.sigmoid(1.702 * h)
+    return nn_functional.gelu(h, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
 def hidden_forward(
-    kernels: Any, x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None, activation: str, policy: str
+    kernels: Any, x_TD: Tensor, weight_HD: Tensor, bias_H: Tensor | None, activation: str, policy: str
 ) -> tuple[Tensor, Tensor]:
-    """(act(x W^T + b) [T, F], the sum before it [T, F] or empty for "inference")."""
+    """(act(x W^T + b) [T, F], the sum before it [T, H] or empty for "inference")."""
     if policy == "inference":
-        fused = linear_activation(x_TD, weight_FD, bias_F, activation)
+        fused = linear_activation(x_TD, weight_HD, bias_H, activation)
         if fused is not None:
             return fused, nothing(x_TD)
-    h_TF = linear(x_TD, weight_FD, bias_F)
-    return kernels.activation_forward(h_TF, activation), h_TF
+    h_TH = linear(x_TD, weight_HD, bias_H)
+    return kernels.activation_forward(h_TH, activation), h_TH
 
 
 def project_add_forward(
@@ -99,17 +110,17 @@ def project_weight_grads(
 def hidden_grads(
     kernels: Any,
     d_act_TF: Tensor,
-    h_TF: Tensor,
+    h_TH: Tensor,
     act_TF: Tensor | None,
     x_TD: Tensor,
-    weight_FD: Tensor,
+    weight_HD: Tensor,
     activation: str,
     wanted: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(d_x [T, D], act(h) [T, F], d_weight [F, D], d_bias [F]); the last two None where not wanted."""
-    d_h, act, d_bias = kernels.activation_backward(h_TF, d_act_TF, activation, act_TF is None)
+    """(d_x [T, D], act(h) [T, F], d_weight [H, D], d_bias [H]); the last two None where not wanted."""
+    d_h, act, d_bias = kernels.activation_backward(h_TH, d_act_TF, activation, act_TF is None)
     d_weight = weight_grad(d_h, x_TD) if wanted[0] else None
-    return input_grad(d_h, weight_FD), act if act_TF is None else act_TF, d_weight, d_bias if wanted[1] else None
+    return input_grad(d_h, weight_HD), act if act_TF is None else act_TF, d_weight, d_bias if wanted[1] else None
 
 
 def column_sum(x_TO: Tensor) -> Tensor:

@@ -26,9 +26,9 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
 
 def linear_activation(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, kind: str) -> Tensor | None:
     """act(x W^T + b) in one pass -> [T, O], or None where no library fuses it. For inference: the sum is not kept."""
-    if not _through_onednn(x_TI, torch.float32, torch.bfloat16):
+    algorithm = {"gelu": "none", "gelu_tanh": "tanh"}.get(kind)
+    if algorithm is None or not _through_onednn(x_TI, torch.float32, torch.bfloat16):
         return None
-    algorithm = {"gelu": "none", "gelu_tanh": "tanh"}[kind]
     return torch.ops.mkldnn._linear_pointwise(x_TI, weight_OI, bias_O, "gelu", [], algorithm)
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import activated_width
+
 
 def _f32(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.float().contiguous()
@@ -105,7 +107,7 @@ class RawKernels:
         return d_x, d_branch, d_scale, d_weight, d_bias
 
     def activation_forward(self, h: Tensor, kind: str) -> Tensor:
-        act = torch.empty_like(h)
+        act = h.new_empty(h.shape[0], activated_width(h.shape[1], kind))
         self.functions.activation_forward(h, kind, act)
         return act
 
@@ -113,7 +115,7 @@ class RawKernels:
         self, h: Tensor, d_act: Tensor, kind: str, want_act: bool
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         d_h = torch.empty_like(h)
-        act = torch.empty_like(h) if want_act else None
+        act = torch.empty_like(d_act) if want_act else None
         d_bias = h.new_empty(h.shape[1], dtype=torch.float32)
         self.functions.activation_backward(h, d_act, kind, d_h, act, d_bias)
         return d_h, act, d_bias
