@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import nothing
+from .arguments import POINTWISE, activated_width, nothing
 from .heads import Heads, transform, transform_backward
 from .products import LibraryProducts
 
@@ -109,7 +109,7 @@ class RawKernels(LibraryProducts):
         return d_x, d_branch, d_scale, d_weight, d_bias
 
     def activation_forward(self, h: Tensor, kind: str) -> Tensor:
-        act = torch.empty_like(h)
+        act = h.new_empty(h.shape[0], activated_width(h.shape[1], kind))
         self.functions.activation_forward(h, kind, act)
         return act
 
@@ -117,7 +117,7 @@ class RawKernels(LibraryProducts):
         self, h: Tensor, d_act: Tensor, kind: str, want_act: bool
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         d_h = torch.empty_like(h)
-        act = torch.empty_like(h) if want_act else None
+        act = torch.empty_like(d_act) if want_act else None
         d_bias = h.new_empty(h.shape[1], dtype=torch.float32)
         self.functions.activation_backward(h, d_act, kind, d_h, act, d_bias)
         return d_h, act, d_bias
@@ -230,7 +230,7 @@ class CpuKernels(RawKernels):
     def linear_activation(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, keep: bool
     ) -> tuple[Tensor, Tensor]:
-        if x.dtype not in self.own_dtypes or kind not in ("gelu", "gelu_tanh"):
+        if x.dtype not in self.own_dtypes or kind not in POINTWISE:
             return super().linear_activation(x, weight, bias, kind, keep)
         act = x.new_empty(x.shape[0], weight.shape[0])
         before = torch.empty_like(act) if keep else None
