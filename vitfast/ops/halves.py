@@ -42,13 +42,14 @@ class BlockHalves:
     ) -> Tensor:
         """x + proj_scale * (attention(norm(x) qkv_weight^T + qkv_bias) proj_weight^T + proj_bias) -> [B, L, D] X."""
         B, L, D = x_BLD.shape
-        x_TD = x_BLD.view(-1, D)
+        E = qkv_weight_CD.shape[0] // (3 * heads)
+        x_TD = x_BLD.view(B * L, D)
         _, normed, _, _ = self.layer_norm_forward(
             x_TD, None, None, None, norm_weight_D, norm_bias_D, eps, qkv_weight_CD.dtype
         )
-        qkv = self.linear(normed, qkv_weight_CD, qkv_bias_C).view(B, L, 3, heads, -1)
+        qkv = self.linear(normed, qkv_weight_CD, qkv_bias_C).view(B, L, 3, heads, E)
         out, _ = self.attention_forward(qkv, scale, None, None, L, None, _PLAIN_HEADS)
-        total = self.linear_residual(x_TD, out.view(B * L, -1), proj_weight, proj_bias_D, proj_scale_D, None)
+        total = self.linear_residual(x_TD, out.view(B * L, heads * E), proj_weight, proj_bias_D, proj_scale_D, None)
         return total.view(x_BLD.shape)
 
     def norm_mlp(

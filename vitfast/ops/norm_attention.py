@@ -129,8 +129,8 @@ def norm_attention(
     for name, parameter in (("norm_weight", norm_weight), ("norm_bias", norm_bias), ("scale", scale)):
         check_shape(name, parameter, (D,))
     check_linear("qkv_", qkv_weight, qkv_bias, D)
-    check_linear("proj_", proj_weight, proj_bias, C // 3)
     check_shape("proj_weight", proj_weight, (D, C // 3))
+    check_shape("proj_bias", proj_bias, (D,))
     parameters = (norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, scale)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters)):
         raise RuntimeError("norm_attention has no gradient: use norm_linear, attention and linear_residual, or no_grad")

@@ -272,7 +272,7 @@ class CpuKernels(RawKernels):
         lengths = _even_lengths(B, L, x.device), L
         weights = norm_weight, norm_bias, eps, qkv_weight.contiguous(), qkv_bias
         self.functions.norm_attention_forward(
-            x.view(-1, D), *weights, heads, scale, *lengths, proj[0].contiguous(), *proj[1:], out.view(-1, D)
+            x.view(B * L, D), *weights, heads, scale, *lengths, proj[0].contiguous(), *proj[1:], out.view(B * L, D)
         )
         return out
 
