@@ -26,13 +26,14 @@ from .attention_heads import (
 from .attention_tiles import (
     LOG2E,
     accumulate,
+    bias_matrix,
     finish_logits,
     load_lse,
     load_row_sums,
     load_tile,
     locate,
-    masks_of,
     multiply,
+    padding_row,
     row_dots,
     store_tile,
     zeros_tile,
@@ -108,8 +109,14 @@ def _keys_kernel(
     queries = qkv + start * 3 * H * E + head * E
     gradients = d_out + start * H * E + head * E
     sums = head.to(tl.int64) * T + start
-    matrix, hidden = masks_of(bias, padding, sequence, head, bias_b, bias_h, seqlen)
-    rope = shift_tables(cos, sin, start, prefix, COLUMNS, cu_seqlens is not None)
+    matrix, hidden = bias, padding
+    if bias is not None:
+        matrix = bias_matrix(bias, sequence, head, bias_b, bias_h)
+    if padding is not None:
+        hidden = padding_row(padding, sequence, seqlen)
+    rope = (cos, sin, prefix)
+    if cos is not None:
+        rope = shift_tables(cos, sin, start, prefix, COLUMNS, cu_seqlens is not None)
     first = block * N
     cols = first + tl.arange(0, N)
     k0, k1 = load_heads(queries + H * E, cols, 3 * H * E, length, rope, k_norm, QK, COLUMNS, K_NORM, True)
@@ -175,8 +182,14 @@ def _queries_kernel(
         return
     base = qkv + start * 3 * H * E + head * E
     sums = head.to(tl.int64) * T + start
-    matrix, hidden = masks_of(bias, padding, sequence, head, bias_b, bias_h, seqlen)
-    rope = shift_tables(cos, sin, start, prefix, COLUMNS, cu_seqlens is not None)
+    matrix, hidden = bias, padding
+    if bias is not None:
+        matrix = bias_matrix(bias, sequence, head, bias_b, bias_h)
+    if padding is not None:
+        hidden = padding_row(padding, sequence, seqlen)
+    rope = (cos, sin, prefix)
+    if cos is not None:
+        rope = shift_tables(cos, sin, start, prefix, COLUMNS, cu_seqlens is not None)
     first = block * M
     rows = first + tl.arange(0, M)
     q0, q1 = load_heads(base, rows, 3 * H * E, length, rope, q_norm, QK, COLUMNS, Q_NORM, True)
@@ -278,8 +291,14 @@ def _one_pass_kernel(
     d_keys = d_queries + H * E
     outs = start * H * E + head * E
     sums = head.to(tl.int64) * T + start
-    matrix, hidden = masks_of(bias, padding, sequence, head, bias_b, bias_h, seqlen)
-    rope = shift_tables(cos, sin, start, prefix, COLUMNS, PACKED)
+    matrix, hidden = bias, padding
+    if bias is not None:
+        matrix = bias_matrix(bias, sequence, head, bias_b, bias_h)
+    if padding is not None:
+        hidden = padding_row(padding, sequence, seqlen)
+    rope = (cos, sin, prefix)
+    if cos is not None:
+        rope = shift_tables(cos, sin, start, prefix, COLUMNS, PACKED)
     scale_log2 = scale * LOG2E
     CHUNKS: tl.constexpr = 1 + (N1 > 0) + (N2 > 0)
     part = tl.program_id(0)

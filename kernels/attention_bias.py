@@ -16,13 +16,14 @@ from .attention_forward import bias_strides, count_sequences
 from .attention_heads import HeadOptions, load_heads, shift_tables
 from .attention_tiles import (
     LOG2E,
+    bias_matrix,
     bias_tile,
     extent,
     finish_logits,
     load_row_sums,
     load_tile,
-    masks_of,
     multiply,
+    padding_row,
 )
 from .configs import bias_gradient_config
 from .reduce import sum_partials
@@ -53,13 +54,19 @@ def _bias_gradient_kernel(
         start, length = extent(cu_seqlens, seqlen, sequence)
         base = qkv + start * 3 * H * E + head * E
         sums = head.to(tl.int64) * T + start
-        rope = shift_tables(cos, sin, start, prefix, COLUMNS, cu_seqlens is not None)
+        rope = (cos, sin, prefix)
+        if cos is not None:
+            rope = shift_tables(cos, sin, start, prefix, COLUMNS, cu_seqlens is not None)
         q0, q1 = load_heads(base, rows, 3 * H * E, length, rope, q_norm, QK, COLUMNS, Q_NORM, True)
         k0, k1 = load_heads(base + H * E, cols, 3 * H * E, length, rope, k_norm, QK, COLUMNS, K_NORM, True)
         v0, v1 = load_tile(base + 2 * H * E, cols, 3 * H * E, length, VO, True)
         g0, g1 = load_tile(d_out + start * H * E + head * E, rows, H * E, length, VO, True)
         row_lse, row_delta = load_row_sums(lse + sums, delta + sums, rows, length)
-        matrix, hidden = masks_of(bias, padding, sequence, head, bias_b, bias_h, seqlen)
+        matrix, hidden = bias, padding
+        if bias is not None:
+            matrix = bias_matrix(bias, sequence, head, bias_b, bias_h)
+        if padding is not None:
+            hidden = padding_row(padding, sequence, seqlen)
         logits = finish_logits(
             multiply(q0, q1, k0, k1, QK, PRECISION), matrix, hidden, rows[:, None], cols[None, :], first_row, first_col,
             scale * LOG2E, bias_length, length, True,

@@ -17,11 +17,12 @@ from .attention_tiles import (
     LN2,
     LOG2E,
     accumulate,
+    bias_matrix,
     finish_logits,
     load_tile,
     locate,
-    masks_of,
     multiply,
+    padding_row,
     store_tile,
     zeros_tile,
 )
@@ -92,8 +93,14 @@ def _one_pass_kernel(
     base = qkv + start * stride + head * E
     keys = base + H * E
     values = base + 2 * H * E
-    matrix, hidden = masks_of(bias, padding, sequence, head, bias_b, bias_h, seqlen)
-    rope = shift_tables(cos, sin, start, prefix, COLUMNS, PACKED)
+    matrix, hidden = bias, padding
+    if bias is not None:
+        matrix = bias_matrix(bias, sequence, head, bias_b, bias_h)
+    if padding is not None:
+        hidden = padding_row(padding, sequence, seqlen)
+    rope = (cos, sin, prefix)
+    if cos is not None:
+        rope = shift_tables(cos, sin, start, prefix, COLUMNS, PACKED)
     first = block * M
     rows = first + tl.arange(0, M)
     scale_log2 = scale * LOG2E
@@ -181,8 +188,14 @@ def _looped_kernel(
     base = qkv + start * stride + head * E
     keys = base + H * E
     values = base + 2 * H * E
-    matrix, hidden = masks_of(bias, padding, sequence, head, bias_b, bias_h, seqlen)
-    rope = shift_tables(cos, sin, start, prefix, COLUMNS, cu_seqlens is not None)
+    matrix, hidden = bias, padding
+    if bias is not None:
+        matrix = bias_matrix(bias, sequence, head, bias_b, bias_h)
+    if padding is not None:
+        hidden = padding_row(padding, sequence, seqlen)
+    rope = (cos, sin, prefix)
+    if cos is not None:
+        rope = shift_tables(cos, sin, start, prefix, COLUMNS, cu_seqlens is not None)
     first = block * M
     rows = first + tl.arange(0, M)
     scale_log2 = scale * LOG2E

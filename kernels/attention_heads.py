@@ -22,14 +22,11 @@ from .reduce import sum_many_partials
 @triton.jit
 def shift_tables(cos, sin, start, prefix, COLUMNS: tl.constexpr, PACKED: tl.constexpr):
     """`rope` of one sequence that starts at row `start`: a packed batch has a row for each of its rows."""
-    if cos is None:
-        return cos, sin, prefix
+    if PACKED:
+        first = start
     else:
-        if PACKED:
-            first = start
-        else:
-            first = -tl.cast(prefix, tl.int64)
-        return cos + first * COLUMNS, sin + first * COLUMNS, prefix
+        first = -tl.cast(prefix, tl.int64)
+    return cos + first * COLUMNS, sin + first * COLUMNS, prefix
 
 
 @triton.jit

@@ -154,15 +154,14 @@ def row_dots(a0, a1, b0, b1, HEAD: tl.constexpr):
 
 
 @triton.jit
-def masks_of(bias, padding, sequence, head, bias_b, bias_h, seqlen):
-    """The [L, L] bias matrix of one sequence and head (strides of broadcast dimensions are 0), and its row of padding."""
-    matrix = bias
-    if bias is not None:
-        matrix = bias + sequence.to(tl.int64) * bias_b + head.to(tl.int64) * bias_h
-    row = padding
-    if padding is not None:
-        row = padding + sequence.to(tl.int64) * seqlen
-    return matrix, row
+def bias_matrix(bias, sequence, head, stride_b, stride_h):
+    """The [L, L] matrix of one sequence and head; strides of broadcast dimensions are 0."""
+    return bias + sequence.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
+
+
+@triton.jit
+def padding_row(padding, sequence, seqlen):
+    return padding + sequence.to(tl.int64) * seqlen
 
 
 @triton.jit

@@ -234,7 +234,9 @@ def run_attention(qkv, bias, d_out, scale, lengths, packed=False, bias_gradient=
     out, lse, d_qkv = poisoned(T, H, E, dtype=qkv.dtype), poisoned(H, T), poisoned(*qkv.shape, dtype=qkv.dtype)
     d_bias = poisoned(*bias.shape) if bias is not None and bias_gradient else None
     attention_forward.attention_forward(qkv, scale, bias, None, PLAIN, *where, seqlen, out, lse)
-    attention_backward.attention_backward(d_out, qkv, out, lse, scale, bias, None, PLAIN, *where, seqlen, d_qkv, d_bias, None, None)
+    attention_backward.attention_backward(
+        d_out, qkv, out, lse, scale, bias, None, PLAIN, *where, seqlen, d_qkv, d_bias, None, None
+    )
     return {"out": out, "d_qkv": d_qkv, **({} if d_bias is None else {"d_bias": d_bias})}
 
 
@@ -362,7 +364,9 @@ def test_attention_empty():
     out, lse = poisoned(0, 2, 16), poisoned(2, 0)
     bias, d_bias = rand(1, 1, 8, 8), poisoned(1, 1, 8, 8)
     attention_forward.attention_forward(none, 1.0, bias, None, PLAIN, None, 0, 8, out, lse)
-    attention_backward.attention_backward(out, none, out, lse, 1.0, bias, None, PLAIN, None, 0, 8, none, d_bias, None, None)
+    attention_backward.attention_backward(
+        out, none, out, lse, 1.0, bias, None, PLAIN, None, 0, 8, none, d_bias, None, None
+    )
     assert not d_bias.any()
 
 
