@@ -117,7 +117,7 @@ def attention_why_not(head_dim: int, dtype: torch.dtype) -> str | None:
 
 @functools.cache
 def attention_forward_config(
-    length: int, head_dim: int, dtype: torch.dtype, precision: str, arch: int, biased: bool
+    length: int, head_dim: int, dtype: torch.dtype, precision: str, arch: int, biased: bool, prepared: bool = False
 ) -> AttentionConfig:
     if dtype == torch.float32:
         # Without tensor cores a product's operands sit in registers, 16 queries by 32 keys at the most.
@@ -159,7 +159,7 @@ DELTA_ROWS = 32
 
 @functools.cache
 def attention_backward_config(
-    length: int, head_dim: int, dtype: torch.dtype, precision: str, arch: int, biased: bool
+    length: int, head_dim: int, dtype: torch.dtype, precision: str, arch: int, biased: bool, prepared: bool = False
 ) -> AttentionBackwardConfig:
     def looped(own: int, step: int, warps: int, stages: int = 1) -> AttentionBackwardConfig:
         return AttentionBackwardConfig(own=own, step=step, chunks=(), warps=warps, stages=stages)
@@ -201,7 +201,7 @@ class BiasGradientConfig:
 
 
 @functools.cache
-def bias_gradient_config(head_dim: int, dtype: torch.dtype, arch: int) -> BiasGradientConfig:
+def bias_gradient_config(head_dim: int, dtype: torch.dtype, arch: int, prepared: bool = False) -> BiasGradientConfig:
     if dtype == torch.float32:
         return BiasGradientConfig(tile=32 if head_dim <= 64 else 16, warps=4, programs=4)
     # Four operands of a tile take eight warps at 64 rows, and Ampere, which holds them in registers, 32 rows.

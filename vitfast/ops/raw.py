@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .arguments import POINTWISE, activated_width, nothing
 from .halves import BlockHalves
-from .heads import Heads, transform, transform_backward
+from .heads import Heads
 from .products import LibraryProducts
 
 
@@ -133,12 +133,18 @@ class RawKernels(LibraryProducts, BlockHalves):
         padding: Tensor | None,
         heads: Heads,
     ) -> tuple[Tensor, Tensor]:
-        if heads.active:
-            qkv = transform(qkv, heads)
         out = qkv.new_empty(qkv.shape[:-3] + qkv.shape[-2:])
         lse = qkv.new_empty(qkv.shape[-2], out.shape[:-2].numel(), dtype=torch.float32)
-        lengths = self._lengths(qkv, cu_seqlens, max_seqlen)
-        self.functions.attention_forward(qkv.flatten(0, -4), scale, bias, padding, *lengths, out.flatten(0, -3), lse)
+        self.functions.attention_forward(
+            qkv.flatten(0, -4),
+            scale,
+            bias,
+            padding,
+            *self._heads(heads),
+            *self._lengths(qkv, cu_seqlens, max_seqlen),
+            out.flatten(0, -3),
+            lse,
+        )
         return out, lse
 
     def attention_backward(
@@ -156,9 +162,13 @@ class RawKernels(LibraryProducts, BlockHalves):
         want_bias: bool,
         want_norms: bool,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
-        given, qkv = qkv, transform(qkv, heads) if heads.active else qkv
         d_qkv = torch.empty_like(qkv)
         d_bias = torch.empty_like(bias, dtype=torch.float32) if want_bias and bias is not None else None
+        # weight's and bias's gradient for either norm
+        d_q_norm, d_k_norm = (
+            qkv.new_empty(2, qkv.shape[-1], dtype=torch.float32) if want_norms and kind else None
+            for kind in (heads.q_norm, heads.k_norm)
+        )
         self.functions.attention_backward(
             d_out.flatten(0, -3),
             qkv.flatten(0, -4),
@@ -167,14 +177,19 @@ class RawKernels(LibraryProducts, BlockHalves):
             scale,
             bias,
             padding,
+            *self._heads(heads),
             *self._lengths(qkv, cu_seqlens, max_seqlen),
             d_qkv.flatten(0, -4),
             d_bias,
+            d_q_norm,
+            d_k_norm,
         )
-        if not heads.active:
-            return d_qkv, d_bias, (None,) * 4
-        d_qkv, d_norms = transform_backward(d_qkv, given, heads, want_norms)
-        return d_qkv, d_bias, d_norms
+        d_norms = (g for pair in (d_q_norm, d_k_norm) for g in ((None, None) if pair is None else pair))
+        return d_qkv, d_bias, tuple(d_norms)
+
+    def _heads(self, heads: Heads) -> tuple[Any, ...]:
+        """What the raw attention takes for what happens to q and k before it."""
+        return tuple(_f32(x) if isinstance(x, Tensor) else x for x in heads)
 
     def _lengths(self, qkv: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> tuple[Any, ...]:
         """What the raw attention takes for "where each sequence lies"."""
@@ -323,6 +338,10 @@ class TritonKernels(RawKernels):
             import_module(f"vitfast.kernels.{m}") for m in ("layer_norm", "activation", "attention", "patch_embed")
         )
         super().__init__(SimpleNamespace(**{k: v for m in modules for k, v in vars(m).items()}))
+        self.options = import_module("vitfast.kernels.attention_heads").HeadOptions
+
+    def _heads(self, heads: Heads) -> tuple[Any, ...]:
+        return (self.options(*(x.contiguous() if isinstance(x, Tensor) else x for x in heads)),)
 
     def _lengths(self, qkv: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> tuple[Any, ...]:
         if cu_seqlens is None:
