@@ -1,0 +1,294 @@
+"""timm's VisionTransformer and Eva (ViT, DeiT, AugReg, SigLIP, DINOv2, DINOv3, EVA-02, CLIP towers).
+
+B images, L tokens, D width, H heads, E head dim, N patches.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import timm.layers
+import torch
+from timm.models import eva, vision_transformer
+from torch import Tensor, nn
+
+from vitfast.dropin import fast
+from vitfast.dropin.adapter import Adapter
+from vitfast.dropin.parts import (
+    AttentionHalf,
+    Draw,
+    MlpHalf,
+    Mode,
+    Norm,
+    is_training,
+    layer_norm,
+    linear,
+    may_run,
+    why_dropout,
+    why_hooked,
+    why_not_activation,
+    why_not_call,
+    why_not_identity,
+)
+from vitfast.ops import HeadNorm
+
+_LAYERS = timm.layers
+
+
+def _classes(*names: str) -> tuple[type, ...]:
+    """The classes of ``timm.layers`` with these names that this timm has."""
+    return tuple(getattr(_LAYERS, name) for name in names if hasattr(_LAYERS, name))
+
+
+NORMS = (nn.LayerNorm, *_classes("LayerNorm", "LayerNormFp32"))
+RMS_NORMS = _classes("RmsNorm")
+ATTENTIONS = (vision_transformer.Attention, *_classes("AttentionRope"), eva.EvaAttention)
+ACTIVATIONS = {
+    _LAYERS.GELU: "gelu",
+    _LAYERS.GELUTanh: "gelu_tanh",
+    _LAYERS.QuickGELU: "quick_gelu",
+    nn.SiLU: "silu",
+    **dict.fromkeys(_classes("Swish"), "silu"),
+}
+
+
+def attention_half(block: Any, gamma: Tensor | str | None, mode: Mode) -> AttentionHalf | str:
+    """norm1, attn and drop_path1 of a block, LayerScale given; or why not."""
+    attn = block.attn
+    reason = (
+        why_not_call("attn", attn, *ATTENTIONS)
+        or why_dropout("attn.attn_drop", attn.attn_drop, mode)
+        or why_dropout("attn.proj_drop", attn.proj_drop, mode)
+        or ("attn.gate scales the heads" if getattr(attn, "gate", None) is not None else None)
+        or ("attn has fewer key than query heads" if getattr(attn, "num_kv_groups", 1) != 1 else None)
+    )
+    if reason is not None:
+        return reason
+    norm, proj = layer_norm("norm1", block.norm1, *NORMS), linear("attn.proj", attn.proj)
+    qkv, draw = _qkv(attn), _drop_path("drop_path1", block.drop_path1, mode)
+    out_norm = _optional_norm("attn.norm", getattr(attn, "norm", None))
+    q_norm, k_norm = _head_norm("attn.q_norm", attn.q_norm), _head_norm("attn.k_norm", attn.k_norm)
+    for part in (gamma, norm, proj, qkv, draw, out_norm, q_norm, k_norm):
+        if isinstance(part, str):
+            return part
+    return fast.checked(
+        AttentionHalf(norm, *qkv, attn.num_heads, attn.scale, q_norm, k_norm, out_norm, *proj, gamma, draw)  # type: ignore[arg-type, misc]
+    )  # type: ignore[return-value]
+
+
+def mlp_half(block: Any, gamma: Tensor | str | None, mode: Mode) -> MlpHalf | str:
+    """norm2, mlp and drop_path2 of a block, LayerScale given; or why not."""
+    mlp = block.mlp
+    reason = why_not_call("mlp", mlp, _LAYERS.Mlp, _LAYERS.GluMlp, _LAYERS.SwiGLU)
+    if reason is not None:
+        return reason
+    reason = why_dropout("mlp.drop1", mlp.drop1, mode) or why_dropout("mlp.drop2", mlp.drop2, mode)
+    if reason is not None:
+        return reason
+    activation = _activation("mlp.act", mlp.act)
+    if isinstance(activation, str) and activation.startswith("mlp.act"):
+        return activation
+    names = ("fc1_g", "fc1_x") if type(mlp) is _LAYERS.SwiGLU else ("fc1",)
+    if type(mlp) is not _LAYERS.Mlp:
+        if activation != "silu" or getattr(mlp, "gate_last", False):
+            return f"mlp gates by {activation}, {'last' if getattr(mlp, 'gate_last', False) else 'first'} half"
+        activation = "swiglu"
+    reason = why_not_activation(activation)
+    if reason is not None:
+        return reason
+    norm, fc2 = layer_norm("norm2", block.norm2, *NORMS), linear("mlp.fc2", mlp.fc2)
+    fc1 = [linear(f"mlp.{name}", getattr(mlp, name)) for name in names]
+    inner, draw = _optional_norm("mlp.norm", getattr(mlp, "norm", None)), _drop_path("drop_path2", block.drop_path2, mode)
+    for part in (gamma, norm, *fc1, fc2, inner, draw):
+        if isinstance(part, str):
+            return part
+    weights, biases = zip(*fc1, strict=True)
+    return fast.checked(MlpHalf(norm, weights, biases, activation, inner, *fc2, gamma, draw))  # type: ignore[arg-type, misc, return-value]
+
+
+def _qkv(attn: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]] | str:
+    """Weights and biases of the packed projection, or of q, k and v."""
+    if attn.qkv is None:
+        parts = [linear(f"attn.{name}", getattr(attn, name)) for name in ("q_proj", "k_proj", "v_proj")]
+    else:
+        parts = [linear("attn.qkv", attn.qkv)]
+    for part in parts:
+        if isinstance(part, str):
+            return part
+    weights, biases = zip(*parts, strict=True)
+    if getattr(attn, "q_bias", None) is not None:  # EVA: biases beside the projection, none learned for k
+        biases = (torch.cat([attn.q_bias, attn.k_bias, attn.v_bias]),)
+    return weights, biases
+
+
+def _optional_norm(name: str, module: nn.Module | None) -> Norm | str | None:
+    if module is None or type(module) is nn.Identity:
+        return why_not_identity(name, module)
+    return layer_norm(name, module, *NORMS)
+
+
+def _head_norm(name: str, module: nn.Module) -> HeadNorm | str | None:
+    """A norm of q or k over the head dimension."""
+    if type(module) is nn.Identity:
+        return why_not_identity(name, module)
+    if type(module) in RMS_NORMS:
+        if getattr(module, "_fast_norm", False) or module.weight is None:
+            return f"{name} uses timm's fast norm, or has no weight"
+        return why_hooked(name, module) or HeadNorm(module.weight, None, module.eps, "rms_norm")  # type: ignore[arg-type]
+    norm = layer_norm(name, module, *NORMS)
+    return norm if isinstance(norm, str) else HeadNorm(norm.weight, norm.bias, norm.eps)
+
+
+def _activation(name: str, module: nn.Module) -> str:
+    """The kind, or a text that starts with ``name``."""
+    if type(module) is nn.GELU:
+        kind = "gelu_tanh" if module.approximate == "tanh" else "gelu"
+    elif type(module) in ACTIVATIONS:
+        kind = ACTIVATIONS[type(module)]
+    else:
+        return f"{name} is {type(module).__name__}"
+    return why_hooked(name, module) or kind
+
+
+def _drop_path(name: str, module: nn.Module, mode: Mode) -> Draw | str | None:
+    if type(module) is nn.Identity:
+        return why_not_identity(name, module)
+    reason = why_not_call(name, module, _LAYERS.DropPath)
+    if reason is not None:
+        return reason
+    if module.drop_prob == 0.0 or not is_training(module, mode):
+        return None
+    return partial(_draw, keep_prob=1 - module.drop_prob, scale=module.scale_by_keep)  # type: ignore[operator]
+
+
+def _draw(x: Tensor, dtype: torch.dtype, keep_prob: float, scale: bool) -> Tensor:
+    """timm's DropPath draws in the branch's dtype; the same call gives the same numbers from the same generator."""
+    mask = torch.empty((x.shape[0],), dtype=dtype, device=x.device).bernoulli_(keep_prob)
+    return mask.div_(keep_prob) if scale and keep_prob > 0.0 else mask
+
+
+def _layer_scale(name: str, module: nn.Module) -> Tensor | str | None:
+    if type(module) is nn.Identity:
+        return why_not_identity(name, module)
+    return why_not_call(name, module, vision_transformer.LayerScale) or module.gamma  # type: ignore[return-value]
+
+
+class Block(fast.FastBlock, vision_transformer.Block):
+    """``timm.models.vision_transformer.Block``."""
+
+    @staticmethod
+    def parts(module: Any, mode: Mode) -> dict[str, Any]:
+        return {
+            "attention": attention_half(module, _layer_scale("ls1", module.ls1), mode),
+            "mlp": mlp_half(module, _layer_scale("ls2", module.ls2), mode),
+        }
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        given: dict[str, Any] = {} if attn_mask is None else {"attn_mask": attn_mask}
+        if is_causal:
+            given["is_causal"] = True
+        if not is_causal and may_run(x):
+            known, bias = fast.additive_mask(attn_mask, x, self.attn.num_heads)
+            if known:
+                out = self.run_fused(x, self.parts(self, "now"), bias, None, partial(self._attention, given=given))
+                if out is not None:
+                    return out
+        return super().forward(x, **given)
+
+    def _attention(self, x: Tensor, given: dict[str, Any]) -> Tensor:
+        return x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **given)))
+
+    def original_mlp(self, x: Tensor) -> Tensor:
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+class EvaBlock(fast.FastBlock, eva.EvaBlock):
+    """``timm.models.eva.EvaBlock``: rotary positions, SwiGLU, q and k biases beside the projection."""
+
+    @staticmethod
+    def parts(module: Any, mode: Mode) -> dict[str, Any]:
+        return {
+            "attention": attention_half(module, module.gamma_1, mode),
+            "mlp": mlp_half(module, module.gamma_2, mode),
+        }
+
+    def forward(
+        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        given: dict[str, Any] = {"rope": rope} | ({} if attn_mask is None else {"attn_mask": attn_mask})
+        if is_causal:
+            given["is_causal"] = True
+        if not is_causal and may_run(x):
+            known, bias = fast.additive_mask(attn_mask, x, self.attn.num_heads)
+            parts = self.parts(self, "now")
+            tables = _rope_tables(rope, self.attn, x)
+            if isinstance(tables, str):
+                parts["attention"] = tables
+                tables = None
+            if known:
+                out = self.run_fused(x, parts, bias, tables, partial(self._attention, given=given))
+                if out is not None:
+                    return out
+        return super().forward(x, **given)
+
+    def _attention(self, x: Tensor, given: dict[str, Any]) -> Tensor:
+        branch = self.attn(self.norm1(x), **given)
+        return x + self.drop_path1(branch if self.gamma_1 is None else self.gamma_1 * branch)
+
+    def original_mlp(self, x: Tensor) -> Tensor:
+        branch = self.mlp(self.norm2(x))
+        return x + self.drop_path2(branch if self.gamma_2 is None else self.gamma_2 * branch)
+
+
+def _rope_tables(rope: Tensor | None, attn: Any, x: Tensor) -> Any:
+    """timm's [N, 2 * E] of sines beside cosines as (cos, sin), or why not: one table for all heads and samples only."""
+    if rope is None:
+        return None
+    if rope.dim() != 2:
+        return "rope differs by head or sample"
+    if not getattr(attn, "rotate_half", False):
+        return "rope turns neighbouring pairs"
+    if rope.shape[0] + attn.num_prefix_tokens != x.shape[1]:
+        return "rope's length is not the number of patches"
+    sin, cos = rope.chunk(2, -1)
+    return cos, sin
+
+
+class LayerNorm(fast.Fast, _LAYERS.LayerNorm):
+    """``timm.layers.LayerNorm`` where it stands alone."""
+
+    @staticmethod
+    def parts(module: Any, mode: Mode) -> dict[str, Any]:
+        return {"norm": fast.norm_parts(module, _LAYERS.LayerNorm)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fast.fused_norm(self, x) if fast.norm_fits(self, x) else super().forward(x)
+
+
+def _named(module: Any, *names: str) -> dict[type, str]:
+    return {getattr(module, name): name for name in names if hasattr(module, name)}
+
+
+ADAPTER = Adapter(
+    library="timm",
+    blocks={vision_transformer.Block: Block, eva.EvaBlock: EvaBlock},
+    single={_LAYERS.LayerNorm: LayerNorm},
+    children={
+        vision_transformer.VisionTransformer: ("norm_pre", "norm", "fc_norm"),
+        eva.Eva: ("norm_pre", "norm", "fc_norm"),
+        _LAYERS.PatchEmbed: ("proj",),
+    },
+    roots=(vision_transformer.VisionTransformer, eva.Eva),
+    left={
+        **dict.fromkeys(
+            _named(vision_transformer, "ResPostBlock"), "a post-norm block: its norms stand behind the branches"
+        ),
+        **dict.fromkeys(_named(eva, "EvaBlockPostNorm"), "a post-norm block: its norms stand behind the branches"),
+        **dict.fromkeys(
+            _named(vision_transformer, "ParallelScalingBlock", "DiffParallelScalingBlock", "ParallelThingsBlock"),
+            "a block with parallel branches",
+        ),
+        **dict.fromkeys(_classes("AttentionPoolLatent", "AttentionPoolPrr"), "pooling: one query for each image"),
+    },
+)
