@@ -31,7 +31,6 @@ class Adapter:
         blocks: the exact class of a transformer block -> its fast subclass.
         single: the exact class of a module that stands alone (a norm, a convolution) -> its fast subclass, beside torch's.
         children: class of a parent -> names of its children that are replaced as single modules.
-        roots: classes whose instances are a model of a supported family.
         left: exact classes that are known and left alone -> why.
         why_stay: why one block is left although its class is known, beside what its parts say.
     """
@@ -39,7 +38,6 @@ class Adapter:
     library: str
     blocks: Mapping[type, type]
     children: Mapping[type, tuple[str, ...]]
-    roots: tuple[type, ...]
     single: Mapping[type, type] = field(default_factory=dict)
     left: Mapping[type, str] = field(default_factory=dict)
     why_stay: Callable[[nn.Module], str | None] = lambda block: None
@@ -53,7 +51,7 @@ def adapters(model: nn.Module) -> list[Adapter]:
     """The adapters of the libraries that ``model``'s modules come from; only those libraries are imported."""
     bases = {base.__module__.split(".")[0] for module in model.modules() for base in type(module).__mro__}
     return [
-        import_module(f"vitfast.dropin.{library}").ADAPTER
+        import_module(f"vitfast.dropin.{library}").adapter()
         for library in FAMILIES
         if library in bases and library in sys.modules
     ]

@@ -138,9 +138,7 @@ def _check(model: Any, backend: str, recompute: str) -> Options:
     return Options(backend, recompute)
 
 
-def _replaceable(
-    model: nn.Module, chosen: list[Adapter]
-) -> Iterator[tuple[str, nn.Module, type[nn.Module] | None]]:
+def _replaceable(model: nn.Module, chosen: list[Adapter]) -> Iterator[tuple[str, nn.Module, type[nn.Module] | None]]:
     """(path, module, fast class or None if it stays) for every module that an adapter has a word on, each once."""
     seen: set[int] = set()
     for path, module in model.named_modules():
@@ -216,7 +214,9 @@ def _reasons(parts: dict[str, Any]) -> str:
 
 
 def _unsupported(model: nn.Module, chosen: list[Adapter]) -> str:
-    message = f"{kind_name(type(model))} has nothing that vitfast can replace. Supported: {'; '.join(FAMILIES.values())}"
+    message = (
+        f"{kind_name(type(model))} has nothing that vitfast can replace. Supported: {'; '.join(FAMILIES.values())}"
+    )
     left = [(path, why) for path, module, _ in _replaceable(model, chosen) if (why := _why_left(path, module, chosen))]
     return message + (f". {left[0][0]} was left: {left[0][1]}" if left else "")
 

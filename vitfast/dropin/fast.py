@@ -205,7 +205,9 @@ def why_not_patches(conv: Any) -> str | None:
     square = conv.kernel_size[0] == conv.kernel_size[1]
     plain = conv.padding in ((0, 0), "valid") and conv.dilation == (1, 1) and conv.groups == 1
     if conv.kernel_size != conv.stride or not square or not plain:
-        return f"kernel {conv.kernel_size}, stride {conv.stride}, padding {conv.padding}: no square patches side by side"
+        return (
+            f"kernel {conv.kernel_size}, stride {conv.stride}, padding {conv.padding}: no square patches side by side"
+        )
     return None if is_plain(conv.weight) and is_plain(conv.bias) else "a parameter is no plain tensor"
 
 

@@ -28,7 +28,9 @@ class Options(NamedTuple):
         return "fused" if self.recompute == "block" else self.recompute
 
 
-def attend(x_BLD: Tensor, half: AttentionHalf, options: Options, bias: Tensor | None = None, rope: Any = None) -> Tensor:
+def attend(
+    x_BLD: Tensor, half: AttentionHalf, options: Options, bias: Tensor | None = None, rope: Any = None
+) -> Tensor:
     """The attention half of a block, residual included, [B, L, D]."""
     qkv_BL3HE = _qkv(x_BLD, half, options)
     out_BLC = ops.attention(

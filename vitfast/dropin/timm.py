@@ -99,7 +99,10 @@ def mlp_half(block: Any, gamma: Tensor | str | None, mode: Mode) -> MlpHalf | st
         return reason
     norm, fc2 = layer_norm("norm2", block.norm2, *NORMS), linear("mlp.fc2", mlp.fc2)
     fc1 = [linear(f"mlp.{name}", getattr(mlp, name)) for name in names]
-    inner, draw = _optional_norm("mlp.norm", getattr(mlp, "norm", None)), _drop_path("drop_path2", block.drop_path2, mode)
+    inner, draw = (
+        _optional_norm("mlp.norm", getattr(mlp, "norm", None)),
+        _drop_path("drop_path2", block.drop_path2, mode),
+    )
     for part in (gamma, norm, *fc1, fc2, inner, draw):
         if isinstance(part, str):
             return part
@@ -270,25 +273,26 @@ def _named(module: Any, *names: str) -> dict[type, str]:
     return {getattr(module, name): name for name in names if hasattr(module, name)}
 
 
-ADAPTER = Adapter(
-    library="timm",
-    blocks={vision_transformer.Block: Block, eva.EvaBlock: EvaBlock},
-    single={_LAYERS.LayerNorm: LayerNorm},
-    children={
-        vision_transformer.VisionTransformer: ("norm_pre", "norm", "fc_norm"),
-        eva.Eva: ("norm_pre", "norm", "fc_norm"),
-        _LAYERS.PatchEmbed: ("proj",),
-    },
-    roots=(vision_transformer.VisionTransformer, eva.Eva),
-    left={
-        **dict.fromkeys(
-            _named(vision_transformer, "ResPostBlock"), "a post-norm block: its norms stand behind the branches"
-        ),
-        **dict.fromkeys(_named(eva, "EvaBlockPostNorm"), "a post-norm block: its norms stand behind the branches"),
-        **dict.fromkeys(
-            _named(vision_transformer, "ParallelScalingBlock", "DiffParallelScalingBlock", "ParallelThingsBlock"),
-            "a block with parallel branches",
-        ),
-        **dict.fromkeys(_classes("AttentionPoolLatent", "AttentionPoolPrr"), "pooling: one query for each image"),
-    },
-)
+def adapter() -> Adapter:
+    """What of this library is replaced."""
+    return Adapter(
+        library="timm",
+        blocks={vision_transformer.Block: Block, eva.EvaBlock: EvaBlock},
+        single={_LAYERS.LayerNorm: LayerNorm},
+        children={
+            vision_transformer.VisionTransformer: ("norm_pre", "norm", "fc_norm"),
+            eva.Eva: ("norm_pre", "norm", "fc_norm"),
+            _LAYERS.PatchEmbed: ("proj",),
+        },
+        left={
+            **dict.fromkeys(
+                _named(vision_transformer, "ResPostBlock"), "a post-norm block: its norms stand behind the branches"
+            ),
+            **dict.fromkeys(_named(eva, "EvaBlockPostNorm"), "a post-norm block: its norms stand behind the branches"),
+            **dict.fromkeys(
+                _named(vision_transformer, "ParallelScalingBlock", "DiffParallelScalingBlock", "ParallelThingsBlock"),
+                "a block with parallel branches",
+            ),
+            **dict.fromkeys(_classes("AttentionPoolLatent", "AttentionPoolPrr"), "pooling: one query for each image"),
+        },
+    )
