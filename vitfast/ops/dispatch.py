@@ -75,16 +75,16 @@ def standard_backends(*names: str) -> tuple[Backend, ...]:
 
 
 def _torch_kernels() -> Any:
-    from . import plain
+    from .plain import KERNELS
 
-    return plain
+    return KERNELS
 
 
 @functools.cache
 def _raw_kernels(kind: str) -> Any:
-    from .raw import RawKernels, TritonKernels
+    from .raw import CpuKernels, RawKernels, TritonKernels
 
-    return TritonKernels() if kind == "triton" else RawKernels()
+    return {"cpu": CpuKernels, "cuda": RawKernels, "triton": TritonKernels}[kind]()
 
 
 def _never(device: str | None, dtypes: Sequence[torch.dtype], named: bool) -> str | None:

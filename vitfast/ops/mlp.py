@@ -22,10 +22,9 @@ from .arguments import (
     rows,
     wanted_only,
 )
-from .compose import column_sum, hidden_forward, hidden_grads
+from .compose import column_sum, hidden_grads
 from .dispatch import TABLE, choose, standard_backends
 from .library import register
-from .products import input_grad, linear, weight_grad
 
 TABLE["mlp"] = standard_backends("cpu", "triton", "cuda", "torch")
 
@@ -57,8 +56,10 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     kernels = choose("mlp", x, backend, dtype)
-    act, h = hidden_forward(kernels, rows(x, dtype), fc1_weight.to(dtype), cast(fc1_bias, dtype), activation, policy)
-    out = linear(act, fc2_weight.to(dtype), cast(fc2_bias, dtype))
+    act, h = kernels.linear_activation(
+        rows(x, dtype), fc1_weight.to(dtype), cast(fc1_bias, dtype), activation, policy != "inference"
+    )
+    out = kernels.linear(act, fc2_weight.to(dtype), cast(fc2_bias, dtype))
     return out.view(*x.shape[:-1], fc2_weight.shape[0]), h
 
 
@@ -84,7 +85,7 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     dtype, d_TD = d_out.dtype, rows(d_out)
     kernels = choose("mlp", x, backend, dtype)
-    d_act = input_grad(d_TD, fc2_weight.to(dtype))
+    d_act = kernels.input_grad(d_TD, fc2_weight.to(dtype))
     d_x, act, d_fc1_weight, d_fc1_bias = hidden_grads(
         kernels, d_act, h, None, rows(x, dtype), fc1_weight.to(dtype), activation, (wanted[1], wanted[2])
     )
@@ -92,7 +93,7 @@ def _backward(
         d_x,
         d_fc1_weight,
         d_fc1_bias,
-        weight_grad(d_TD, act) if wanted[3] else None,
+        kernels.weight_grad(d_TD, act) if wanted[3] else None,
         column_sum(d_TD) if wanted[4] else None,
     )
     return gradients(grads, (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias), wanted, d_out)

@@ -29,14 +29,11 @@ from .arguments import (
 from .compose import (
     add_branch_ref,
     branch_grads,
-    hidden_forward,
     hidden_grads,
-    project_add_forward,
     project_weight_grads,
 )
 from .dispatch import TABLE, choose, standard_backends
 from .library import register
-from .products import input_grad, linear
 
 TABLE["norm_mlp"] = standard_backends("cpu", "triton", "cuda", "torch")
 
@@ -82,8 +79,9 @@ def _forward(
     kernels = choose("norm_mlp", x, backend, dtype)
     x_TD = rows(x)
     _, normed, mean, rstd = kernels.layer_norm_forward(x_TD, None, None, None, norm_weight, norm_bias, eps, dtype)
-    act, h = hidden_forward(kernels, normed, fc1_weight.to(dtype), cast(fc1_bias, dtype), activation, policy)
-    out = project_add_forward(kernels, x_TD, act, fc2_weight.to(dtype), cast(fc2_bias, dtype), scale, drop_path)
+    keep = policy != "inference"  # also for "mlp": the activation must see the rounded sum, as it will in backward
+    act, h = kernels.linear_activation(normed, fc1_weight.to(dtype), cast(fc1_bias, dtype), activation, keep)
+    out = kernels.linear_residual(x_TD, act, fc2_weight.to(dtype), cast(fc2_bias, dtype), scale, drop_path)
     return (
         out.view(x.shape),
         mean,
@@ -135,11 +133,11 @@ def _backward(
     if normed.numel() == 0:
         normed = kernels.layer_norm_apply(x_TD, mean, rstd, norm_weight, norm_bias, dtype)
     if h.numel() == 0:
-        h = linear(normed, fc1_FD, cast(fc1_bias, dtype))
+        h = kernels.linear(normed, fc1_FD, cast(fc1_bias, dtype))
     dropped, branch = branch_grads(d_TD, scale, drop_path, dtype)
     d_normed, act_TF, d_fc1_weight, d_fc1_bias = hidden_grads(
         kernels,
-        input_grad(branch, fc2_DF),
+        kernels.input_grad(branch, fc2_DF),
         h,
         act if act.numel() else None,
         normed,
@@ -148,7 +146,7 @@ def _backward(
         (wanted[3], wanted[4]),
     )
     d_fc2_weight, d_fc2_bias, d_scale = project_weight_grads(
-        dropped, branch, act_TF, fc2_DF, fc2_bias, scale, (wanted[5], wanted[6], wanted[7])
+        kernels, dropped, branch, act_TF, fc2_DF, fc2_bias, scale, (wanted[5], wanted[6], wanted[7])
     )
     d_x, _, _, d_norm_weight, d_norm_bias = kernels.layer_norm_backward(d_normed, d_TD, x_TD, mean, rstd, norm_weight)
     grads = (d_x, d_norm_weight, d_norm_bias, d_fc1_weight, d_fc1_bias, d_fc2_weight, d_fc2_bias, d_scale)

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu
+
+from .products import LibraryProducts
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -220,3 +223,13 @@ def assemble_tokens(
     if pos_embed is not None and with_prefix:
         tokens = tokens + _wide(pos_embed)
     return tokens.to(dtype)
+
+
+class _PlainKernels(LibraryProducts):
+    """The functions above and the library's products as one object, as the ops call a backend's primitives."""
+
+    def __getattr__(self, name: str) -> Any:
+        return globals()[name]
+
+
+KERNELS = _PlainKernels()

@@ -14,12 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import nothing
+from .products import LibraryProducts
+
 
 def _f32(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.float().contiguous()
 
 
-class RawKernels:
+class RawKernels(LibraryProducts):
     """Kernels of the C++ extension; the dispatcher picks the CPU or the CUDA one by the tensors' device."""
 
     def __init__(self, functions: Any = None) -> None:
@@ -193,6 +196,66 @@ class RawKernels:
         tokens = projected.new_empty(images, R + patches, projected.shape[1], dtype=dtype)
         self.functions.assemble_tokens(projected, _f32(bias), _f32(pos_embed), _f32(prefix), tokens)
         return tokens
+
+
+class CpuKernels(RawKernels):
+    """The CPU's kernels, with our own matrix products where they measure faster than oneDNN's (docs/decisions.md)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        vectors_of_16 = self.functions.cpu_capability() in ("avx512", "avx512_bf16")
+        self.own_dtypes = {torch.float32} if vectors_of_16 else set()
+        if self.functions.cpu_capability() == "avx512_bf16" and not torch.cpu._is_amx_tile_supported():
+            self.own_dtypes.add(torch.bfloat16)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if x.dtype not in self.own_dtypes:
+            return super().linear(x, weight, bias)
+        out = x.new_empty(x.shape[0], weight.shape[0])
+        self._linear(x, weight, False, bias, "none", None, None, None, None, out)
+        return out
+
+    def linear_activation(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, keep: bool
+    ) -> tuple[Tensor, Tensor]:
+        if x.dtype not in self.own_dtypes or kind not in ("gelu", "gelu_tanh"):
+            return super().linear_activation(x, weight, bias, kind, keep)
+        act = x.new_empty(x.shape[0], weight.shape[0])
+        before = torch.empty_like(act) if keep else None
+        self._linear(x, weight, False, bias, kind, None, None, None, before, act)
+        return act, nothing(act) if before is None else before
+
+    def linear_residual(
+        self,
+        residual: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        drop_path: Tensor | None,
+    ) -> Tensor:
+        if x.dtype not in self.own_dtypes or residual.dtype not in (x.dtype, torch.float32):
+            return super().linear_residual(residual, x, weight, bias, scale, drop_path)
+        total = torch.empty_like(residual)
+        self._linear(x, weight, False, bias, "none", residual, scale, _f32(drop_path), None, total)
+        return total
+
+    def input_grad(self, d_out: Tensor, weight: Tensor) -> Tensor:
+        if d_out.dtype not in self.own_dtypes:
+            return super().input_grad(d_out, weight)
+        d_x = d_out.new_empty(d_out.shape[0], weight.shape[1])
+        self._linear(d_out, weight, True, None, "none", None, None, None, None, d_x)
+        return d_x
+
+    def weight_grad(self, d_out: Tensor, x: Tensor) -> Tensor:
+        if d_out.dtype not in self.own_dtypes:
+            return super().weight_grad(d_out, x)
+        d_weight = d_out.new_empty(d_out.shape[1], x.shape[1])
+        self.functions.linear_weight_grad(d_out, x, d_weight)
+        return d_weight
+
+    def _linear(self, x: Tensor, weight: Tensor, transposed: bool, *rest: Any) -> None:
+        self.functions.linear(x.contiguous(), weight.contiguous(), transposed, *rest)
 
 
 class TritonKernels(RawKernels):
