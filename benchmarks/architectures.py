@@ -43,7 +43,7 @@ TIMM = (
 TORCHVISION = ("vit_b_16", "vit_b_32", "vit_l_16", "vit_h_14")
 
 
-def _timm(name: str, small: bool) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+def _timm(name: str, small: bool, batch: int) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     import timm
 
     overrides: dict[str, Any] = {}
@@ -52,14 +52,20 @@ def _timm(name: str, small: bool) -> tuple[nn.Module, dict[str, torch.Tensor]]:
             like = timm.create_model(name)
         attn = like.blocks[0].attn
         patch = like.patch_embed.patch_size[0]
-        overrides = {"depth": 2, "num_heads": 2, "embed_dim": 2 * attn.head_dim, "num_classes": 10, "img_size": 4 * patch}
+        overrides = {
+            "depth": 2,
+            "num_heads": 2,
+            "embed_dim": 2 * attn.head_dim,
+            "num_classes": 100,
+            "img_size": 4 * patch,
+        }
         if "siglip" in name or "so400m" in name:
             overrides["num_classes"] = 0
     model = timm.create_model(name, **overrides)
-    return model, {"x": torch.randn(2, 3, *model.patch_embed.img_size)}
+    return model, {"x": torch.randn(batch, 3, *model.patch_embed.img_size)}
 
 
-def _torchvision(name: str, small: bool) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+def _torchvision(name: str, small: bool, batch: int) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     from torchvision import models
 
     if not small:
@@ -69,20 +75,22 @@ def _torchvision(name: str, small: bool) -> tuple[nn.Module, dict[str, torch.Ten
             like = getattr(models, name)()
         attn = like.encoder.layers[0].self_attention
         width = 2 * attn.head_dim
-        model = models.VisionTransformer(4 * like.patch_size, like.patch_size, 2, 2, width, 4 * width, num_classes=10)
-    return model, {"x": torch.randn(2, 3, model.image_size, model.image_size)}
+        model = models.VisionTransformer(4 * like.patch_size, like.patch_size, 2, 2, width, 4 * width, num_classes=100)
+    return model, {"x": torch.randn(batch, 3, model.image_size, model.image_size)}
 
 
 def _transformers(
-    classes: tuple[str, str], settings: dict[str, Any], small: bool
+    classes: tuple[str, str], settings: dict[str, Any], small: bool, batch: int
 ) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     import transformers
 
     config = getattr(transformers, classes[0])(**settings)
+    if "ForImageClassification" in classes[1]:
+        settings = {**settings, "num_labels": 100}
+        config = getattr(transformers, classes[0])(**settings)
     if small:
         head_dim = config.hidden_size // config.num_attention_heads
-        reduced = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 2 * head_dim, **settings}
-        reduced |= {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 2 * head_dim}
+        reduced = settings | {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 2 * head_dim}
         if hasattr(config, "intermediate_size"):
             reduced["intermediate_size"] = config.intermediate_size * 2 * head_dim // config.hidden_size
         if hasattr(config, "image_size"):
@@ -94,12 +102,12 @@ def _transformers(
     model = getattr(transformers, classes[1])(config)
     if "Siglip2" in classes[0]:
         grid = 4 if small else 16
-        pixels = torch.randn(2, grid * grid, 3 * config.patch_size**2)
-        mask = torch.ones(2, grid * grid, dtype=torch.int64)
+        pixels = torch.randn(batch, grid * grid, 3 * config.patch_size**2)
+        mask = torch.ones(batch, grid * grid, dtype=torch.int64)
         mask[1, grid * (grid - 1) :] = 0  # the second image has one row of patches less
-        shapes = torch.tensor([[grid, grid], [grid - 1, grid]])
+        shapes = torch.tensor([[grid, grid], [grid - 1, grid], *[[grid, grid]] * (batch - 2)])
         return model, {"pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": shapes}
-    return model, {"pixel_values": torch.randn(2, 3, config.image_size, config.image_size)}
+    return model, {"pixel_values": torch.randn(batch, 3, config.image_size, config.image_size)}
 
 
 _BASE = {"hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 12}
@@ -142,7 +150,7 @@ TRANSFORMERS: dict[str, tuple[tuple[str, str], dict[str, Any]]] = {
     "facebook/vit-mae-base": (("ViTMAEConfig", "ViTMAEForPreTraining"), {"mask_ratio": 0.5}),
 }
 
-Build = Callable[[bool], tuple[nn.Module, dict[str, torch.Tensor]]]
+Build = Callable[[bool, int], tuple[nn.Module, dict[str, torch.Tensor]]]
 _BUILDERS: dict[str, Build] = (
     {f"timm/{name}": partial(_timm, name) for name in TIMM}
     | {f"torchvision/{name}": partial(_torchvision, name) for name in TORCHVISION}
@@ -151,14 +159,16 @@ _BUILDERS: dict[str, Build] = (
 NAMES = tuple(_BUILDERS)
 
 
-def build(name: str, *, small: bool = False, seed: int = 0) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """(model in eval mode with random weights, its inputs for a batch of two by keyword).
+def build(
+    name: str, *, small: bool = False, batch: int = 2, seed: int = 0
+) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """(model in eval mode with random weights, its inputs by keyword).
 
     The random generator is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, inputs = _BUILDERS[name](small)
+        model, inputs = _BUILDERS[name](small, batch)
         shake(model)
     return model.eval(), inputs
 

@@ -87,8 +87,10 @@ def feed_forward(x_BLD: Tensor, half: MlpHalf, options: Options) -> Tensor:
 def _qkv(x_BLD: Tensor, half: AttentionHalf, options: Options) -> Tensor:
     """[B, L, 3, H, E] from one packed projection or from three."""
     heads = (half.heads, -1)
-    # Three weights are joined for one product, except where copying 3 D^2 weights costs more than 3 L D results.
-    if len(half.weights) == 3 and x_BLD.shape[0] * x_BLD.shape[1] < x_BLD.shape[2]:
+    # Three weights are joined for one product, except where copying 3 D^2 weights costs more than 3 B L D results. A
+    # graph is traced one way only, or it would hold for these batch sizes alone.
+    few = not torch.compiler.is_compiling() and x_BLD.shape[0] * x_BLD.shape[1] < x_BLD.shape[2]
+    if len(half.weights) == 3 and few:
         normed = ops.layer_norm(x_BLD, *half.norm, backend=options.backend)
         parts = [ops.linear(normed, w, b) for w, b in zip(half.weights, half.biases, strict=True)]
         return torch.stack([part.unflatten(-1, heads) for part in parts], 2)
