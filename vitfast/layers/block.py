@@ -13,6 +13,7 @@ from vitfast.layers.drop_path import DropPath
 from vitfast.layers.layer_norm import LayerNorm
 from vitfast.layers.layer_scale import LayerScale
 from vitfast.layers.mlp import Mlp
+from vitfast.ops.compose import activation_ref
 
 
 class Block(nn.Module):
@@ -98,8 +99,7 @@ class Block(nn.Module):
         out_BLD = F.dropout(ops.linear(out_BLD, proj.weight, proj.bias), self.proj_drop)
         x_BLD = x_BLD + self.drop_path1(self.ls1(out_BLD))
         hidden_BLF = self._norm_linear(x_BLD, self.norm2, self.mlp.fc1)
-        approximate = "tanh" if self.mlp.activation == "gelu_tanh" else "none"
-        hidden_BLF = F.dropout(F.gelu(hidden_BLF, approximate=approximate), self.proj_drop)
+        hidden_BLF = F.dropout(activation_ref(hidden_BLF, self.mlp.activation), self.proj_drop)
         out_BLD = F.dropout(ops.linear(hidden_BLF, fc2.weight, fc2.bias), self.proj_drop)
         return x_BLD + self.drop_path2(self.ls2(out_BLD))
 

@@ -10,7 +10,7 @@ from vitfast import ops
 
 
 class Mlp(nn.Module):
-    """fc2(activation(fc1(x))) over the last dimension, D -> F -> D; activation is "gelu" or "gelu_tanh"."""
+    """fc2(activation(fc1(x))) over the last dimension, D -> F -> D; activation is "gelu", "gelu_tanh" or "quick_gelu"."""
 
     def __init__(self, dim: int, hidden: int, *, activation: str = "gelu", backend: str = "auto") -> None:
         super().__init__()

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from vitfast.ops.arguments import ACTIVATIONS, POLICIES
+from vitfast.ops.arguments import POINTWISE, POLICIES
 from vitfast.ops.dispatch import NAMES as BACKENDS
 
 POOLINGS = ("token", "avg", "max", "avgmax", "map", "")
@@ -89,7 +89,7 @@ class ViTConfig:
             if not 0.0 <= getattr(self, field) < 1.0:
                 raise ValueError(f"{field} must be in [0, 1), got {getattr(self, field)}")
         check_choice("global_pool", self.global_pool, POOLINGS)
-        check_choice("activation", self.activation, ACTIVATIONS)
+        check_choice("activation", self.activation, POINTWISE)
         check_choice("backend", self.backend, BACKENDS)
         check_choice("recompute", self.recompute, RECOMPUTES)
         if self.global_pool == "token" and not self.class_token:

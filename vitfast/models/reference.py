@@ -14,6 +14,7 @@ from vitfast.layers.block import Block
 from vitfast.layers.layer_scale import LayerScale
 from vitfast.layers.mlp import Mlp
 from vitfast.models.vit import VisionTransformer
+from vitfast.ops.compose import activation_ref
 from vitfast.ops.patch_embed import patch_embed_ref
 
 
@@ -63,7 +64,7 @@ def _attention(block: Block, x_BLD: Tensor) -> Tensor:
 
 
 def _mlp(mlp: Mlp, x: Tensor) -> Tensor:
-    return mlp.fc2(F.gelu(mlp.fc1(x), approximate="tanh" if mlp.activation == "gelu_tanh" else "none"))
+    return mlp.fc2(activation_ref(mlp.fc1(x), mlp.activation))
 
 
 def _attention_pool(pool: AttentionPoolLatent, x_BLD: Tensor) -> Tensor:

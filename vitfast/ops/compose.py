@@ -1,6 +1,7 @@
 """Pieces that several ops are composed of: the two products of an MLP, and a projection added to the residual stream.
 
-Legend: T rows, D width, F hidden width, I inputs, O outputs; ``X`` dtype of the residual stream, ``Y`` of the products.
+Legend: T rows, D width, F hidden width, H = F, or 2F where "swiglu" has a gate beside each, I inputs, O outputs; ``X`` dtype of
+the residual stream, ``Y`` of the products.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as nn_functional
 
 
 def add_branch_ref(residual: Tensor, branch: Tensor, scale: Tensor | None, drop_path: Tensor | None) -> Tensor:
@@ -18,6 +20,16 @@ def add_branch_ref(residual: Tensor, branch: Tensor, scale: Tensor | None, drop_
     if drop_path is not None:
         branch = branch * drop_path.to(branch.dtype).view(-1, *[1] * (branch.dim() - 1))
     return residual + branch
+
+
+def activation_ref(h: Tensor, activation: str) -> Tensor:
+    """act(h) in plain PyTorch, [..., F], or [..., 2F] -> [..., F] for "swiglu"; part of several references."""
+    if activation == "swiglu":
+        gate, up = h.chunk(2, dim=-1)
+        return nn_functional.silu(gate) * up
+    if activation == "quick_gelu":
+        return h * torch.sigmoid(1.702 * h)
+    return nn_functional.gelu(h, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 def branch_grads(
@@ -68,18 +80,18 @@ def project_weight_grads(
 def hidden_grads(
     kernels: Any,
     d_act_TF: Tensor,
-    h_TF: Tensor,
+    h_TH: Tensor,
     act_TF: Tensor | None,
     x_TD: Tensor,
-    weight_FD: Tensor,
+    weight_HD: Tensor,
     activation: str,
     wanted: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(d_x [T, D], act(h) [T, F], d_weight [F, D], d_bias [F]); the last two None where not wanted."""
-    d_h, act, d_bias = kernels.activation_backward(h_TF, d_act_TF, activation, act_TF is None)
+    """(d_x [T, D], act(h) [T, F], d_weight [H, D], d_bias [H]); the last two None where not wanted."""
+    d_h, act, d_bias = kernels.activation_backward(h_TH, d_act_TF, activation, act_TF is None)
     d_weight = kernels.weight_grad(d_h, x_TD) if wanted[0] else None
     return (
-        kernels.input_grad(d_h, weight_FD),
+        kernels.input_grad(d_h, weight_HD),
         act if act_TF is None else act_TF,
         d_weight,
         d_bias if wanted[1] else None,

@@ -33,7 +33,7 @@ class LibraryProducts:
     def linear_activation(
         self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, kind: str, keep: bool
     ) -> tuple[Tensor, Tensor]:
-        """(act(x W^T + b) [T, O], the sum before it [T, O], which is empty unless ``keep``)."""
+        """(act(x W^T + b) [T, O], for "swiglu" [T, O / 2], and the sum before it [T, O], which is empty unless ``keep``)."""
         if not keep and kind in _ONEDNN_GELU and _through_onednn(x_TI, torch.float32, torch.bfloat16):
             how = _ONEDNN_GELU[kind]
             act = torch.ops.mkldnn._linear_pointwise(x_TI, weight_OI, bias_O, "gelu", [], how)

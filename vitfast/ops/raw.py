@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import nothing
+from .arguments import POINTWISE, activated_width, nothing
+from .heads import Heads, transform, transform_backward
 from .products import LibraryProducts
 
 
@@ -108,7 +109,7 @@ class RawKernels(LibraryProducts):
         return d_x, d_branch, d_scale, d_weight, d_bias
 
     def activation_forward(self, h: Tensor, kind: str) -> Tensor:
-        act = torch.empty_like(h)
+        act = h.new_empty(h.shape[0], activated_width(h.shape[1], kind))
         self.functions.activation_forward(h, kind, act)
         return act
 
@@ -116,7 +117,7 @@ class RawKernels(LibraryProducts):
         self, h: Tensor, d_act: Tensor, kind: str, want_act: bool
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         d_h = torch.empty_like(h)
-        act = torch.empty_like(h) if want_act else None
+        act = torch.empty_like(d_act) if want_act else None
         d_bias = h.new_empty(h.shape[1], dtype=torch.float32)
         self.functions.activation_backward(h, d_act, kind, d_h, act, d_bias)
         return d_h, act, d_bias
@@ -128,12 +129,15 @@ class RawKernels(LibraryProducts):
         bias: Tensor | None,
         cu_seqlens: Tensor | None,
         max_seqlen: int,
+        padding: Tensor | None,
+        heads: Heads,
     ) -> tuple[Tensor, Tensor]:
+        if heads.active:
+            qkv = transform(qkv, heads)
         out = qkv.new_empty(qkv.shape[:-3] + qkv.shape[-2:])
         lse = qkv.new_empty(qkv.shape[-2], out.shape[:-2].numel(), dtype=torch.float32)
-        self.functions.attention_forward(
-            qkv.flatten(0, -4), scale, bias, *self._lengths(qkv, cu_seqlens, max_seqlen), out.flatten(0, -3), lse
-        )
+        lengths = self._lengths(qkv, cu_seqlens, max_seqlen)
+        self.functions.attention_forward(qkv.flatten(0, -4), scale, bias, padding, *lengths, out.flatten(0, -3), lse)
         return out, lse
 
     def attention_backward(
@@ -146,8 +150,12 @@ class RawKernels(LibraryProducts):
         bias: Tensor | None,
         cu_seqlens: Tensor | None,
         max_seqlen: int,
+        padding: Tensor | None,
+        heads: Heads,
         want_bias: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+        want_norms: bool,
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
+        given, qkv = qkv, transform(qkv, heads) if heads.active else qkv
         d_qkv = torch.empty_like(qkv)
         d_bias = torch.empty_like(bias, dtype=torch.float32) if want_bias and bias is not None else None
         self.functions.attention_backward(
@@ -157,11 +165,15 @@ class RawKernels(LibraryProducts):
             lse,
             scale,
             bias,
+            padding,
             *self._lengths(qkv, cu_seqlens, max_seqlen),
             d_qkv.flatten(0, -4),
             d_bias,
         )
-        return d_qkv, d_bias
+        if not heads.active:
+            return d_qkv, d_bias, (None,) * 4
+        d_qkv, d_norms = transform_backward(d_qkv, given, heads, want_norms)
+        return d_qkv, d_bias, d_norms
 
     def _lengths(self, qkv: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> tuple[Any, ...]:
         """What the raw attention takes for "where each sequence lies"."""
@@ -218,7 +230,7 @@ class CpuKernels(RawKernels):
     def linear_activation(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, keep: bool
     ) -> tuple[Tensor, Tensor]:
-        if x.dtype not in self.own_dtypes or kind not in ("gelu", "gelu_tanh"):
+        if x.dtype not in self.own_dtypes or kind not in POINTWISE:
             return super().linear_activation(x, weight, bias, kind, keep)
         act = x.new_empty(x.shape[0], weight.shape[0])
         before = torch.empty_like(act) if keep else None
