@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 
@@ -33,6 +33,7 @@ class Adapter:
         children: class of a parent -> names of its children that are replaced as single modules.
         left: exact classes that are known and left alone -> why.
         why_stay: why one block is left although its class is known, beside what its parts say.
+        notes: (block, part, why that part will not run fused) for what only the module around the blocks knows.
     """
 
     library: str
@@ -41,6 +42,7 @@ class Adapter:
     single: Mapping[type, type] = field(default_factory=dict)
     left: Mapping[type, str] = field(default_factory=dict)
     why_stay: Callable[[nn.Module], str | None] = lambda block: None
+    notes: Callable[[nn.Module], Iterable[tuple[nn.Module, str, str]]] = lambda module: ()
 
     def single_class(self, module: nn.Module) -> type | None:
         """The fast class for a module that stands alone."""

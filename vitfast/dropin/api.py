@@ -81,10 +81,15 @@ def report(model: nn.Module) -> AccelerateReport:
     rows = []
     options = None
     chosen = adapters(model)
+    notes: dict[int, dict[str, str]] = {}
+    for adapter in chosen:
+        for module in model.modules():
+            for block, part, reason in adapter.notes(module):
+                notes.setdefault(id(block), {})[part] = reason
     for path, module, kind in _replaceable(model, chosen):
         if isinstance(module, fast.Fast):
             options = options or module._vitfast
-            rows.append(_fast_row(path, module))
+            rows.append(_fast_row(path, module, notes.get(id(module), {})))
         elif kind is not None:
             rows.append(ReportRow(path, kind_name(type(module)), "left", (), "not accelerated"))
         else:
@@ -197,9 +202,9 @@ def _why_left(path: str, module: nn.Module, chosen: list[Adapter]) -> str:
     return "a class that has no fused counterpart"
 
 
-def _fast_row(path: str, module: fast.Fast) -> ReportRow:
-    """Judged in eval mode; what only training stands against is a note."""
-    parts = module.parts(module, "eval")
+def _fast_row(path: str, module: fast.Fast, notes: dict[str, str]) -> ReportRow:
+    """Judged in eval mode; what only training stands against is a remark."""
+    parts = module.parts(module, "eval") | notes
     fused = tuple(name for name, part in parts.items() if not isinstance(part, str) or part == "fused")
     action = "left" if not fused else "replaced" if len(fused) == len(parts) else "partly replaced"
     reason = _reasons(parts)

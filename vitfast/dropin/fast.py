@@ -6,6 +6,7 @@ attribute differ. So state dicts, optimizers, ``isinstance``, ``.to()``, deepcop
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitfast import ops
-from vitfast.dropin.fused import Options, attend, feed_forward
+from vitfast.dropin.fused import Context, Options, attend, feed_forward
 from vitfast.dropin.parts import (
     AttentionHalf,
     MlpHalf,
@@ -21,8 +22,6 @@ from vitfast.dropin.parts import (
     Norm,
     is_plain,
     keeps_dtype,
-    layer_norm,
-    may_run,
     transforms_active,
     why_not_tensors,
 )
@@ -70,37 +69,30 @@ class FastBlock(Fast):
     """A pre-norm block. An adapter gives ``parts`` ("attention" and "mlp") and the two original halves."""
 
     def run_fused(
-        self, x: Tensor, parts: dict[str, Any], bias: Tensor | None, rope: Any, original_attention: Any
+        self, x: Tensor, parts: dict[str, Any], context: Context, original_attention: Callable[[Tensor], Tensor]
     ) -> Tensor | None:
         """The block with every half fused that can be, the other through its own modules; None where neither can.
 
         ``original_attention`` computes x + attention branch by the original modules, ``self.original_mlp`` the other half.
         """
-        attention, mlp = parts["attention"], parts["mlp"]
-        if isinstance(attention, AttentionHalf) and not keeps_dtype(x, attention.proj_weight, attention.gamma):
-            attention = "the dtypes do not fit"
-        if isinstance(mlp, MlpHalf) and not keeps_dtype(x, mlp.fc2_weight, mlp.gamma):
-            mlp = "the dtypes do not fit"
-        options = self._vitfast
-        if isinstance(attention, AttentionHalf) and isinstance(mlp, MlpHalf):
+        attention, mlp, options = parts["attention"], parts["mlp"], self._vitfast
+        fuse_attention = isinstance(attention, AttentionHalf) and keeps_dtype(x, attention.proj_weight, attention.gamma)
+        fuse_mlp = isinstance(mlp, MlpHalf) and keeps_dtype(x, mlp.fc2_weight, mlp.gamma)
+        if fuse_attention and fuse_mlp:
             if options.recompute == "block" and torch.is_grad_enabled():
-                return checkpoint(_both, x, attention, mlp, options, bias, rope, use_reentrant=False)
-            return _both(x, attention, mlp, options, bias, rope)
-        if isinstance(attention, AttentionHalf):
-            return self.original_mlp(attend(x, attention, options, bias, rope))
-        if isinstance(mlp, MlpHalf):
-            return feed_forward(original_attention(x), mlp, options)
-        return None
+                return checkpoint(_both, x, attention, mlp, options, context, use_reentrant=False)
+            return _both(x, attention, mlp, options, context)
+        if fuse_attention:
+            return self.original_mlp(attend(x, attention, options, context))
+        return feed_forward(original_attention(x), mlp, options) if fuse_mlp else None
 
     def original_mlp(self, x: Tensor) -> Tensor:
         """x + the MLP branch, by the original modules."""
         raise NotImplementedError
 
 
-def _both(
-    x: Tensor, attention: AttentionHalf, mlp: MlpHalf, options: Options, bias: Tensor | None, rope: Any
-) -> Tensor:
-    return feed_forward(attend(x, attention, options, bias, rope), mlp, options)
+def _both(x: Tensor, attention: AttentionHalf, mlp: MlpHalf, options: Options, context: Context) -> Tensor:
+    return feed_forward(attend(x, attention, options, context), mlp, options)
 
 
 def checked(half: AttentionHalf | MlpHalf) -> AttentionHalf | MlpHalf | str:
@@ -108,22 +100,24 @@ def checked(half: AttentionHalf | MlpHalf) -> AttentionHalf | MlpHalf | str:
     return why_not_tensors(half) or half
 
 
-def additive_mask(mask: Tensor | None, x: Tensor, heads: int) -> tuple[bool, Tensor | None]:
-    """(whether the fused path can take it, ``mask`` as a bias on the logits), for SDPA's masks.
+def masked(mask: Tensor | None, x: Tensor, heads: int) -> Context | None:
+    """SDPA's mask as the fused path takes it, or None where it cannot.
 
-    A boolean mask is True where a query may look; others are added. Four dimensions or fewer, broadcastable to
-    [B, H, L, L].
+    A boolean mask is True where a query may look; others are added to the logits. It has four dimensions or fewer and
+    broadcasts to [B, H, L, L]; one bool [B, 1, 1, L] is padding, for which the op has a cheaper way.
     """
     if mask is None:
-        return True, None
+        return Context()
     if not isinstance(mask, Tensor) or not is_plain(mask) or mask.dim() > 4 or mask.device != x.device:
-        return False, None
+        return None
     full = (x.shape[0], heads, x.shape[1], x.shape[1])
     if any(m not in (1, f) for m, f in zip(mask.shape[::-1], full[::-1], strict=False)):
-        return False, None
-    if mask.dtype == torch.bool:
-        return True, torch.zeros(mask.shape, dtype=torch.float32, device=x.device).masked_fill_(~mask, float("-inf"))
-    return mask.is_floating_point(), mask
+        return None
+    if mask.dtype != torch.bool:
+        return Context(mask) if mask.is_floating_point() else None
+    if mask.dim() == 4 and mask.shape[1:] == (1, 1, x.shape[1]):
+        return Context(padding=~mask[:, 0, 0].expand(x.shape[0], -1))
+    return Context(torch.zeros(mask.shape, dtype=torch.float32, device=x.device).masked_fill_(~mask, float("-inf")))
 
 
 class LayerNorm(Fast, nn.LayerNorm):
@@ -216,11 +210,9 @@ __all__ = [
     "Fast",
     "FastBlock",
     "LayerNorm",
-    "additive_mask",
     "checked",
     "fused_norm",
-    "layer_norm",
-    "may_run",
+    "masked",
     "norm_fits",
     "norm_parts",
     "set_options",

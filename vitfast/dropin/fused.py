@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vitfast import ops
 from vitfast.dropin.parts import AttentionHalf, Draw, MlpHalf, branch_dtype, product_dtype
+from vitfast.ops.compose import activation_ref
 
 
 class Options(NamedTuple):
@@ -28,16 +28,23 @@ class Options(NamedTuple):
         return "fused" if self.recompute == "block" else self.recompute
 
 
-def attend(
-    x_BLD: Tensor, half: AttentionHalf, options: Options, bias: Tensor | None = None, rope: Any = None
-) -> Tensor:
+class Context(NamedTuple):
+    """What a block is called with beside its input: a ``bias`` on the logits, padding keys (bool [B, L]), rotations."""
+
+    bias: Tensor | None = None
+    padding: Tensor | None = None
+    rope: ops.Rope | None = None
+
+
+def attend(x_BLD: Tensor, half: AttentionHalf, options: Options, context: Context) -> Tensor:
     """The attention half of a block, residual included, [B, L, D]."""
     qkv_BL3HE = _qkv(x_BLD, half, options)
     out_BLC = ops.attention(
         qkv_BL3HE,
         scale=half.scale,
-        bias=bias,
-        rope=rope,
+        bias=context.bias,
+        key_padding_mask=context.padding,
+        rope=context.rope,
         q_norm=half.q_norm,
         k_norm=half.k_norm,
         backend=options.backend,
@@ -77,7 +84,7 @@ def feed_forward(x_BLD: Tensor, half: MlpHalf, options: Options) -> Tensor:
         )
     # A norm between activation and fc2 (Xu et al. 2021, NormFormer): two units instead of one.
     hidden_BLF = _norm_linear(x_BLD, half.norm, weight, bias, options)
-    act_BLF = _activate(hidden_BLF, half.activation)
+    act_BLF = activation_ref(hidden_BLF, half.activation)
     branch = _norm_linear(act_BLF, half.inner_norm, half.fc2_weight, half.fc2_bias, options)
     if half.gamma is not None:
         branch = branch * half.gamma
@@ -109,15 +116,6 @@ def _norm_linear(x: Tensor, norm: Any, weight: Tensor, bias: Tensor | None, opti
         recompute=options.op_recompute,
         backend=options.backend,
     )
-
-
-def _activate(h: Tensor, kind: str) -> Tensor:
-    if kind == "swiglu":
-        gate, value = h.chunk(2, -1)
-        return F.silu(gate) * value
-    if kind == "quick_gelu":
-        return h * torch.sigmoid(1.702 * h)
-    return F.gelu(h, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
 def _joined(weights: Sequence[Tensor]) -> Tensor:

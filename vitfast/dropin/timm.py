@@ -5,6 +5,7 @@ B images, L tokens, D width, H heads, E head dim, N patches.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -31,7 +32,7 @@ from vitfast.dropin.parts import (
     why_not_call,
     why_not_identity,
 )
-from vitfast.ops import HeadNorm
+from vitfast.ops import HeadNorm, Rope
 
 _LAYERS = timm.layers
 
@@ -192,9 +193,9 @@ class Block(fast.FastBlock, vision_transformer.Block):
         if is_causal:
             given["is_causal"] = True
         if not is_causal and may_run(x):
-            known, bias = fast.additive_mask(attn_mask, x, self.attn.num_heads)
-            if known:
-                out = self.run_fused(x, self.parts(self, "now"), bias, None, partial(self._attention, given=given))
+            context = fast.masked(attn_mask, x, self.attn.num_heads)
+            if context is not None:
+                out = self.run_fused(x, self.parts(self, "now"), context, partial(self._attention, given=given))
                 if out is not None:
                     return out
         return super().forward(x, **given)
@@ -223,14 +224,15 @@ class EvaBlock(fast.FastBlock, eva.EvaBlock):
         if is_causal:
             given["is_causal"] = True
         if not is_causal and may_run(x):
-            known, bias = fast.additive_mask(attn_mask, x, self.attn.num_heads)
-            parts = self.parts(self, "now")
-            tables = _rope_tables(rope, self.attn, x)
-            if isinstance(tables, str):
-                parts["attention"] = tables
-                tables = None
-            if known:
-                out = self.run_fused(x, parts, bias, tables, partial(self._attention, given=given))
+            context = fast.masked(attn_mask, x, self.attn.num_heads)
+            if context is not None:
+                parts = self.parts(self, "now")
+                turned = _rope(rope, self.attn, x)
+                if isinstance(turned, str):
+                    parts["attention"] = turned
+                else:
+                    context = context._replace(rope=turned)
+                out = self.run_fused(x, parts, context, partial(self._attention, given=given))
                 if out is not None:
                     return out
         return super().forward(x, **given)
@@ -244,18 +246,23 @@ class EvaBlock(fast.FastBlock, eva.EvaBlock):
         return x + self.drop_path2(branch if self.gamma_2 is None else self.gamma_2 * branch)
 
 
-def _rope_tables(rope: Tensor | None, attn: Any, x: Tensor) -> Any:
-    """timm's [N, 2 * E] of sines beside cosines as (cos, sin), or why not: one table for all heads and samples only."""
+def _rope(rope: Tensor | None, attn: Any, x: Tensor) -> Rope | str | None:
+    """timm's [N, 2 * E] of sines beside cosines, or why not: one constant table for all heads and samples only."""
     if rope is None:
         return None
-    if rope.dim() != 2:
-        return "rope differs by head or sample"
-    if not getattr(attn, "rotate_half", False):
-        return "rope turns neighbouring pairs"
+    if rope.dim() != 2 or rope.requires_grad:
+        return "rope differs by head or sample, or is learned"
     if rope.shape[0] + attn.num_prefix_tokens != x.shape[1]:
         return "rope's length is not the number of patches"
     sin, cos = rope.chunk(2, -1)
-    return cos, sin
+    return Rope(cos, sin, interleaved=not getattr(attn, "rotate_half", False))
+
+
+def _notes(module: nn.Module) -> Iterable[tuple[nn.Module, str, str]]:
+    """(block, part, why not) for what only the model around a block knows."""
+    if isinstance(module, eva.Eva) and getattr(module, "rope_mixed", False):
+        return [(block, "attention", "its rotations are learned for each head") for block in module.blocks]
+    return []
 
 
 class LayerNorm(fast.Fast, _LAYERS.LayerNorm):
@@ -279,6 +286,7 @@ def adapter() -> Adapter:
         library="timm",
         blocks={vision_transformer.Block: Block, eva.EvaBlock: EvaBlock},
         single={_LAYERS.LayerNorm: LayerNorm},
+        notes=_notes,
         children={
             vision_transformer.VisionTransformer: ("norm_pre", "norm", "fc_norm"),
             eva.Eva: ("norm_pre", "norm", "fc_norm"),

@@ -10,6 +10,7 @@ from torchvision.models import vision_transformer
 
 from vitfast.dropin import fast
 from vitfast.dropin.adapter import Adapter
+from vitfast.dropin.fused import Context
 from vitfast.dropin.parts import (
     AttentionHalf,
     MlpHalf,
@@ -90,7 +91,7 @@ class EncoderBlock(fast.FastBlock, vision_transformer.EncoderBlock):
 
     def forward(self, input: Tensor) -> Tensor:
         if may_run(input):
-            out = self.run_fused(input, self.parts(self, "now"), None, None, self._attention)
+            out = self.run_fused(input, self.parts(self, "now"), Context(), self._attention)
             if out is not None:
                 return out
         return super().forward(input)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vitfast.dropin import fast
 from vitfast.dropin.adapter import Adapter
+from vitfast.dropin.fused import Context
 from vitfast.dropin.parts import (
     AttentionHalf,
     Draw,
@@ -33,6 +34,7 @@ from vitfast.dropin.parts import (
     why_not_call,
     why_not_identity,
 )
+from vitfast.ops import Rope
 
 
 class Layout(NamedTuple):
@@ -243,25 +245,26 @@ class FastLayer(fast.FastBlock):
         if position_embeddings is not None:
             kwargs["position_embeddings"] = position_embeddings
         if may_run(hidden_states) and all(name in HARMLESS or not value for name, value in _rest(kwargs)):
-            parts = self.parts(self, "now")
-            known, bias = self._bias(attention_mask, hidden_states)
-            rope = position_embeddings
-            if rope is not None and not _table_fits(rope, hidden_states):
-                parts["attention"], rope = "rope differs by sample, or is learned", None
-            if known:
+            parts, context = self.parts(self, "now"), self._context(attention_mask, hidden_states)
+            if context is not None:
+                if position_embeddings is not None and _table_fits(position_embeddings, hidden_states):
+                    context = context._replace(rope=Rope(*position_embeddings))
+                elif position_embeddings is not None:
+                    parts["attention"] = "rope differs by sample, or is learned"
                 given = {"attention_mask": attention_mask, **kwargs}
-                out = self.run_fused(hidden_states, parts, bias, rope, partial(self._attention, given=given))
+                out = self.run_fused(hidden_states, parts, context, partial(self._attention, given=given))
                 if out is not None:
                     return out
         return super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc]
 
-    def _bias(self, mask: Any, x: Tensor) -> tuple[bool, Tensor | None]:
+    def _context(self, mask: Any, x: Tensor) -> Context | None:
         """Masks are those of sdpa and eager; other implementations have their own kinds."""
         attn: Any = getattr(self, self.layout.attention)
         implementation = getattr(getattr(attn, "config", None), "_attn_implementation", None)
         if mask is not None and (implementation not in (None, "sdpa", "eager") or mask.dim() != 4):
-            return False, None
-        return fast.additive_mask(mask, x, getattr(attn, "num_heads", 0) or getattr(attn, "num_attention_heads", 0))
+            return None
+        heads = getattr(attn, "num_heads", None) or getattr(attn, "num_attention_heads", 0)
+        return fast.masked(mask, x, heads)
 
     def _attention(self, x: Tensor, given: dict[str, Any]) -> Tensor:
         normed = getattr(self, self.layout.norms[0])(x)
