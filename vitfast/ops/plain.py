@@ -16,11 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
-<<<<<<< HEAD
-from .products import LibraryProducts
-=======
 from .heads import Heads, transform, transform_backward
->>>>>>> attn
+from .products import LibraryProducts
 
 
 def _wide(x: Tensor) -> Tensor:
