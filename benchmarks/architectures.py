@@ -6,7 +6,6 @@ kind and cuts the cost: two blocks, few heads of the real width, a 4 x 4 or 3 x 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -49,7 +48,7 @@ def _timm(name: str, small: bool, batch: int) -> tuple[nn.Module, dict[str, torc
     overrides: dict[str, Any] = {}
     if small:
         with torch.device("meta"):
-            like = timm.create_model(name)
+            like: Any = timm.create_model(name)
         attn = like.blocks[0].attn
         patch = like.patch_embed.patch_size[0]
         overrides = {
@@ -61,7 +60,7 @@ def _timm(name: str, small: bool, batch: int) -> tuple[nn.Module, dict[str, torc
         }
         if "siglip" in name or "so400m" in name:
             overrides["num_classes"] = 0
-    model = timm.create_model(name, **overrides)
+    model: Any = timm.create_model(name, **overrides)
     return model, {"x": torch.randn(batch, 3, *model.patch_embed.img_size)}
 
 
@@ -150,8 +149,7 @@ TRANSFORMERS: dict[str, tuple[tuple[str, str], dict[str, Any]]] = {
     "facebook/vit-mae-base": (("ViTMAEConfig", "ViTMAEForPreTraining"), {"mask_ratio": 0.5}),
 }
 
-Build = Callable[[bool, int], tuple[nn.Module, dict[str, torch.Tensor]]]
-_BUILDERS: dict[str, Build] = (
+_BUILDERS: dict[str, Any] = (
     {f"timm/{name}": partial(_timm, name) for name in TIMM}
     | {f"torchvision/{name}": partial(_torchvision, name) for name in TORCHVISION}
     | {name: partial(_transformers, *entry) for name, entry in TRANSFORMERS.items()}

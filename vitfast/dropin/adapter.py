@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
+from typing import Any
 
 from torch import nn
 
@@ -37,14 +38,14 @@ class Adapter:
     """
 
     library: str
-    blocks: Mapping[type, type]
+    blocks: Mapping[type, Any]
     children: Mapping[type, tuple[str, ...]]
     single: Mapping[type, type] = field(default_factory=dict)
     left: Mapping[type, str] = field(default_factory=dict)
     why_stay: Callable[[nn.Module], str | None] = lambda block: None
     notes: Callable[[nn.Module], Iterable[tuple[nn.Module, str, str]]] = lambda module: ()
 
-    def single_class(self, module: nn.Module) -> type | None:
+    def single_class(self, module: nn.Module) -> Any:
         """The fast class for a module that stands alone."""
         return {nn.LayerNorm: fast.LayerNorm, nn.Conv2d: fast.Conv2d, **self.single}.get(type(module))
 

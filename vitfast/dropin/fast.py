@@ -23,7 +23,6 @@ from vitfast.dropin.parts import (
     is_plain,
     keeps_dtype,
     transforms_active,
-    why_not_tensors,
 )
 
 _OPTIONS = "_vitfast"
@@ -54,13 +53,13 @@ def swap(module: nn.Module, fast: type[nn.Module], options: Options) -> None:
     module.__dict__[_OPTIONS] = options
 
 
-def unswap(module: nn.Module) -> None:
+def unswap(module: Any) -> None:
     """Undo :func:`swap`."""
-    module.__class__ = module.original_class()  # type: ignore[operator, assignment]
+    module.__class__ = module.original_class()
     module.__dict__.pop(_OPTIONS, None)
 
 
-def set_options(module: nn.Module, options: Options) -> None:
+def set_options(module: Any, options: Options) -> None:
     """Change how a fast module runs."""
     module.__dict__[_OPTIONS] = options
 
@@ -76,8 +75,8 @@ class FastBlock(Fast):
         ``original_attention`` computes x + attention branch by the original modules, ``self.original_mlp`` the other half.
         """
         attention, mlp, options = parts["attention"], parts["mlp"], self._vitfast
-        fuse_attention = isinstance(attention, AttentionHalf) and keeps_dtype(x, attention.proj_weight, attention.gamma)
-        fuse_mlp = isinstance(mlp, MlpHalf) and keeps_dtype(x, mlp.fc2_weight, mlp.gamma)
+        fuse_attention = isinstance(attention, AttentionHalf) and keeps_dtype(x, attention.proj.weight, attention.gamma)
+        fuse_mlp = isinstance(mlp, MlpHalf) and keeps_dtype(x, mlp.fc2.weight, mlp.gamma)
         if fuse_attention and fuse_mlp:
             if options.recompute == "block" and torch.is_grad_enabled():
                 return checkpoint(_both, x, attention, mlp, options, context, use_reentrant=False)
@@ -93,11 +92,6 @@ class FastBlock(Fast):
 
 def _both(x: Tensor, attention: AttentionHalf, mlp: MlpHalf, options: Options, context: Context) -> Tensor:
     return feed_forward(attend(x, attention, options, context), mlp, options)
-
-
-def checked(half: AttentionHalf | MlpHalf) -> AttentionHalf | MlpHalf | str:
-    """The half, or why its tensors rule it out."""
-    return why_not_tensors(half) or half
 
 
 def masked(mask: Tensor | None, x: Tensor, heads: int) -> Context | None:
@@ -210,7 +204,6 @@ __all__ = [
     "Fast",
     "FastBlock",
     "LayerNorm",
-    "checked",
     "fused_norm",
     "masked",
     "norm_fits",

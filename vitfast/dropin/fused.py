@@ -6,13 +6,13 @@ B images, L tokens, D width, H heads, E head dim, F mlp hidden.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vitfast import ops
-from vitfast.dropin.parts import AttentionHalf, Draw, MlpHalf, branch_dtype, product_dtype
+from vitfast.dropin.parts import AttentionHalf, Draw, Linear, MlpHalf, Norm, branch_dtype, product_dtype
 from vitfast.ops.compose import activation_ref
 
 
@@ -54,27 +54,27 @@ def attend(x_BLD: Tensor, half: AttentionHalf, options: Options, context: Contex
     return ops.linear_residual(
         x_BLD,
         out_BLC,
-        half.proj_weight,
-        half.proj_bias,
+        half.proj.weight,
+        half.proj.bias,
         scale=half.gamma,
-        drop_path=_factor(half.draw, x_BLD, half.proj_weight, half.gamma),
+        drop_path=_factor(half.draw, x_BLD, half.proj.weight, half.gamma),
         backend=options.backend,
     )
 
 
 def feed_forward(x_BLD: Tensor, half: MlpHalf, options: Options) -> Tensor:
     """The MLP half of a block, residual included, [B, L, D]."""
-    drop_path_B = _factor(half.draw, x_BLD, half.fc2_weight, half.gamma)
-    weight, bias = _joined(half.fc1_weights), _joined_bias(half.fc1_weights, half.fc1_biases)
+    drop_path_B = _factor(half.draw, x_BLD, half.fc2.weight, half.gamma)
+    fc1 = _joined(half.fc1)
     if half.inner_norm is None:
         return ops.norm_mlp(
             x_BLD,
             half.norm.weight,
             half.norm.bias,
-            weight,
-            bias,
-            half.fc2_weight,
-            half.fc2_bias,
+            fc1.weight,
+            fc1.bias,
+            half.fc2.weight,
+            half.fc2.bias,
             half.norm.eps,
             activation=half.activation,
             scale=half.gamma,
@@ -83,9 +83,9 @@ def feed_forward(x_BLD: Tensor, half: MlpHalf, options: Options) -> Tensor:
             backend=options.backend,
         )
     # A norm between activation and fc2 (Xu et al. 2021, NormFormer): two units instead of one.
-    hidden_BLF = _norm_linear(x_BLD, half.norm, weight, bias, options)
+    hidden_BLF = _norm_linear(x_BLD, half.norm, fc1, options)
     act_BLF = activation_ref(hidden_BLF, half.activation)
-    branch = _norm_linear(act_BLF, half.inner_norm, half.fc2_weight, half.fc2_bias, options)
+    branch = _norm_linear(act_BLF, half.inner_norm, half.fc2, options)
     if half.gamma is not None:
         branch = branch * half.gamma
     return x_BLD + (branch if drop_path_B is None else branch * drop_path_B.to(branch.dtype).view(-1, 1, 1))
@@ -97,37 +97,35 @@ def _qkv(x_BLD: Tensor, half: AttentionHalf, options: Options) -> Tensor:
     # Three weights are joined for one product, except where copying 3 D^2 weights costs more than 3 B L D results. A
     # graph is traced one way only, or it would hold for these batch sizes alone.
     few = not torch.compiler.is_compiling() and x_BLD.shape[0] * x_BLD.shape[1] < x_BLD.shape[2]
-    if len(half.weights) == 3 and few:
+    if len(half.qkv) == 3 and few:
         normed = ops.layer_norm(x_BLD, *half.norm, backend=options.backend)
-        parts = [ops.linear(normed, w, b) for w, b in zip(half.weights, half.biases, strict=True)]
+        parts = [ops.linear(normed, layer.weight, layer.bias) for layer in half.qkv]
         return torch.stack([part.unflatten(-1, heads) for part in parts], 2)
-    weight, bias = _joined(half.weights), _joined_bias(half.weights, half.biases)
-    return _norm_linear(x_BLD, half.norm, weight, bias, options).unflatten(-1, (3, *heads))
+    return _norm_linear(x_BLD, half.norm, _joined(half.qkv), options).unflatten(-1, (3, *heads))
 
 
-def _norm_linear(x: Tensor, norm: Any, weight: Tensor, bias: Tensor | None, options: Options) -> Tensor:
+def _norm_linear(x: Tensor, norm: Norm, layer: Linear, options: Options) -> Tensor:
     return ops.norm_linear(
         x,
         norm.weight,
         norm.bias,
-        weight,
-        bias,
+        layer.weight,
+        layer.bias,
         norm.eps,
         recompute=options.op_recompute,
         backend=options.backend,
     )
 
 
-def _joined(weights: Sequence[Tensor]) -> Tensor:
-    return weights[0] if len(weights) == 1 else torch.cat(list(weights))
-
-
-def _joined_bias(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor | None:
-    if all(b is None for b in biases):
-        return None
-    if len(biases) == 1:
-        return biases[0]
-    return torch.cat([w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)])
+def _joined(layers: Sequence[Linear]) -> Linear:
+    """One layer with all their outputs; a bias that only some have counts as zeros for the others."""
+    if len(layers) == 1:
+        return layers[0]
+    weight = torch.cat([layer.weight for layer in layers])
+    if all(layer.bias is None for layer in layers):
+        return Linear(weight, None)
+    biases = [layer.weight.new_zeros(layer.weight.shape[0]) if layer.bias is None else layer.bias for layer in layers]
+    return Linear(weight, torch.cat(biases))
 
 
 def _factor(draw: Draw | None, x: Tensor, weight: Tensor, gamma: Tensor | None) -> Tensor | None:

@@ -32,39 +32,51 @@ class Norm(NamedTuple):
     eps: float
 
 
+class Linear(NamedTuple):
+    """A dense layer."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
 class AttentionHalf(NamedTuple):
     """x + drop_path * gamma * proj(out_norm(attention(qkv(norm(x))))).
 
-    ``weights`` and ``biases`` hold one packed projection [3 * H * E, D], or those of q, k and v. A missing bias among given
-    ones counts as zeros.
+    ``qkv`` holds one packed projection to 3 * H * E, or those of q, k and v.
     """
 
     norm: Norm
-    weights: tuple[Tensor, ...]
-    biases: tuple[Tensor | None, ...]
+    qkv: tuple[Linear, ...]
     heads: int
     scale: float
-    q_norm: HeadNorm | None
-    k_norm: HeadNorm | None
-    out_norm: Norm | None
-    proj_weight: Tensor
-    proj_bias: Tensor | None
-    gamma: Tensor | None
-    draw: Draw | None
+    proj: Linear
+    q_norm: HeadNorm | None = None
+    k_norm: HeadNorm | None = None
+    out_norm: Norm | None = None
+    gamma: Tensor | None = None
+    draw: Draw | None = None
 
 
 class MlpHalf(NamedTuple):
-    """x + drop_path * gamma * fc2(inner_norm(activation(fc1(norm(x))))); two fc1 weights are a gate and its partner."""
+    """x + drop_path * gamma * fc2(inner_norm(activation(fc1(norm(x))))); a second fc1 is the one that a gate multiplies."""
 
     norm: Norm
-    fc1_weights: tuple[Tensor, ...]
-    fc1_biases: tuple[Tensor | None, ...]
+    fc1: tuple[Linear, ...]
     activation: str
-    inner_norm: Norm | None
-    fc2_weight: Tensor
-    fc2_bias: Tensor | None
-    gamma: Tensor | None
-    draw: Draw | None
+    fc2: Linear
+    inner_norm: Norm | None = None
+    gamma: Tensor | None = None
+    draw: Draw | None = None
+
+
+def assemble(kind: Callable[..., Any], **parts: Any) -> Any:
+    """The half, or why not: the first text among its parts, or what its tensors are."""
+    for name, part in parts.items():
+        for piece in part if type(part) is tuple else (part,):
+            if isinstance(piece, str) and name != "activation":
+                return piece
+    half = kind(**parts)
+    return _why_not_tensors(half) or half
 
 
 def kind_name(kind: type) -> str:
@@ -155,12 +167,12 @@ def layer_norm(name: str, module: nn.Module | None, *kinds: type) -> Norm | str:
     return Norm(module.weight, module.bias, module.eps)  # type: ignore[arg-type]
 
 
-def linear(name: str, module: nn.Module | None, *kinds: type) -> tuple[Tensor, Tensor | None] | str:
+def linear(name: str, module: nn.Module | None, *kinds: type) -> Linear | str:
     """Weight and bias of an ``nn.Linear`` (or exactly one of ``kinds``)."""
     reason = why_not_call(name, module, *(kinds or (nn.Linear,)))
     if reason is not None or module is None:
         return reason or ""
-    return module.weight, module.bias  # type: ignore[return-value]
+    return Linear(module.weight, module.bias)  # type: ignore[arg-type]
 
 
 def why_not_identity(name: str, module: nn.Module | None) -> str | None:
@@ -188,7 +200,7 @@ def why_not_activation(kind: str) -> str | None:
     return None if kind in ACTIVATIONS else f"activation {kind} has no fused op"
 
 
-def why_not_tensors(half: AttentionHalf | MlpHalf) -> str | None:
+def _why_not_tensors(half: AttentionHalf | MlpHalf) -> str | None:
     """Parameters that are no plain tensors, or live on several devices."""
     tensors = [t for t in _tensors(half) if t is not None]
     for t in tensors:
@@ -201,12 +213,7 @@ def why_not_tensors(half: AttentionHalf | MlpHalf) -> str | None:
 
 def _tensors(half: AttentionHalf | MlpHalf) -> list[Tensor | None]:
     if isinstance(half, AttentionHalf):
-        found = [*half.norm[:2], *half.weights, *half.biases, half.proj_weight, half.proj_bias, half.gamma]
-        for norm in (half.q_norm, half.k_norm):
-            if norm is not None:
-                found += [norm.weight, norm.bias]
-        inner = half.out_norm
+        layers: list[Any] = [half.norm, *half.qkv, half.proj, half.q_norm, half.k_norm, half.out_norm]
     else:
-        found = [*half.norm[:2], *half.fc1_weights, *half.fc1_biases, half.fc2_weight, half.fc2_bias, half.gamma]
-        inner = half.inner_norm
-    return found if inner is None else [*found, *inner[:2]]
+        layers = [half.norm, *half.fc1, half.fc2, half.inner_norm]
+    return [half.gamma] + [t for layer in layers if layer is not None for t in (layer.weight, layer.bias)]

@@ -19,9 +19,11 @@ from vitfast.dropin.adapter import Adapter
 from vitfast.dropin.parts import (
     AttentionHalf,
     Draw,
+    Linear,
     MlpHalf,
     Mode,
     Norm,
+    assemble,
     is_training,
     layer_norm,
     linear,
@@ -66,16 +68,19 @@ def attention_half(block: Any, gamma: Tensor | str | None, mode: Mode) -> Attent
     )
     if reason is not None:
         return reason
-    norm, proj = layer_norm("norm1", block.norm1, *NORMS), linear("attn.proj", attn.proj)
-    qkv, draw = _qkv(attn), _drop_path("drop_path1", block.drop_path1, mode)
-    out_norm = _optional_norm("attn.norm", getattr(attn, "norm", None))
-    q_norm, k_norm = _head_norm("attn.q_norm", attn.q_norm), _head_norm("attn.k_norm", attn.k_norm)
-    for part in (gamma, norm, proj, qkv, draw, out_norm, q_norm, k_norm):
-        if isinstance(part, str):
-            return part
-    return fast.checked(
-        AttentionHalf(norm, *qkv, attn.num_heads, attn.scale, q_norm, k_norm, out_norm, *proj, gamma, draw)  # type: ignore[arg-type, misc]
-    )  # type: ignore[return-value]
+    return assemble(
+        AttentionHalf,
+        norm=layer_norm("norm1", block.norm1, *NORMS),
+        qkv=_qkv(attn),
+        heads=attn.num_heads,
+        scale=attn.scale,
+        proj=linear("attn.proj", attn.proj),
+        q_norm=_head_norm("attn.q_norm", attn.q_norm),
+        k_norm=_head_norm("attn.k_norm", attn.k_norm),
+        out_norm=_optional_norm("attn.norm", getattr(attn, "norm", None)),
+        gamma=gamma,
+        draw=_drop_path("drop_path1", block.drop_path1, mode),
+    )
 
 
 def mlp_half(block: Any, gamma: Tensor | str | None, mode: Mode) -> MlpHalf | str:
@@ -88,7 +93,7 @@ def mlp_half(block: Any, gamma: Tensor | str | None, mode: Mode) -> MlpHalf | st
     if reason is not None:
         return reason
     activation = _activation("mlp.act", mlp.act)
-    if isinstance(activation, str) and activation.startswith("mlp.act"):
+    if activation.startswith("mlp.act"):
         return activation
     names = ("fc1_g", "fc1_x") if type(mlp) is _LAYERS.SwiGLU else ("fc1",)
     if type(mlp) is not _LAYERS.Mlp:
@@ -98,32 +103,27 @@ def mlp_half(block: Any, gamma: Tensor | str | None, mode: Mode) -> MlpHalf | st
     reason = why_not_activation(activation)
     if reason is not None:
         return reason
-    norm, fc2 = layer_norm("norm2", block.norm2, *NORMS), linear("mlp.fc2", mlp.fc2)
-    fc1 = [linear(f"mlp.{name}", getattr(mlp, name)) for name in names]
-    inner, draw = (
-        _optional_norm("mlp.norm", getattr(mlp, "norm", None)),
-        _drop_path("drop_path2", block.drop_path2, mode),
+    return assemble(
+        MlpHalf,
+        norm=layer_norm("norm2", block.norm2, *NORMS),
+        fc1=tuple(linear(f"mlp.{name}", getattr(mlp, name)) for name in names),
+        activation=activation,
+        fc2=linear("mlp.fc2", mlp.fc2),
+        inner_norm=_optional_norm("mlp.norm", getattr(mlp, "norm", None)),
+        gamma=gamma,
+        draw=_drop_path("drop_path2", block.drop_path2, mode),
     )
-    for part in (gamma, norm, *fc1, fc2, inner, draw):
-        if isinstance(part, str):
-            return part
-    weights, biases = zip(*fc1, strict=True)
-    return fast.checked(MlpHalf(norm, weights, biases, activation, inner, *fc2, gamma, draw))  # type: ignore[arg-type, misc, return-value]
 
 
-def _qkv(attn: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]] | str:
-    """Weights and biases of the packed projection, or of q, k and v."""
+def _qkv(attn: Any) -> tuple[Linear | str, ...]:
+    """The packed projection, or q's, k's and v's."""
     if attn.qkv is None:
-        parts = [linear(f"attn.{name}", getattr(attn, name)) for name in ("q_proj", "k_proj", "v_proj")]
-    else:
-        parts = [linear("attn.qkv", attn.qkv)]
-    for part in parts:
-        if isinstance(part, str):
-            return part
-    weights, biases = zip(*parts, strict=True)
-    if getattr(attn, "q_bias", None) is not None:  # EVA: biases beside the projection, none learned for k
-        biases = (torch.cat([attn.q_bias, attn.k_bias, attn.v_bias]),)
-    return weights, biases
+        return tuple(linear(f"attn.{name}", getattr(attn, name)) for name in ("q_proj", "k_proj", "v_proj"))
+    packed = linear("attn.qkv", attn.qkv)
+    if not isinstance(packed, str) and getattr(attn, "q_bias", None) is not None:
+        # EVA keeps biases beside the projection, and zeros for k
+        packed = Linear(packed.weight, torch.cat([attn.q_bias, attn.k_bias, attn.v_bias]))
+    return (packed,)
 
 
 def _optional_norm(name: str, module: nn.Module | None) -> Norm | str | None:
@@ -155,7 +155,7 @@ def _activation(name: str, module: nn.Module) -> str:
     return why_hooked(name, module) or kind
 
 
-def _drop_path(name: str, module: nn.Module, mode: Mode) -> Draw | str | None:
+def _drop_path(name: str, module: Any, mode: Mode) -> Draw | str | None:
     if type(module) is nn.Identity:
         return why_not_identity(name, module)
     reason = why_not_call(name, module, _LAYERS.DropPath)
@@ -163,7 +163,7 @@ def _drop_path(name: str, module: nn.Module, mode: Mode) -> Draw | str | None:
         return reason
     if module.drop_prob == 0.0 or not is_training(module, mode):
         return None
-    return partial(_draw, keep_prob=1 - module.drop_prob, scale=module.scale_by_keep)  # type: ignore[operator]
+    return partial(_draw, keep_prob=1 - module.drop_prob, scale=module.scale_by_keep)
 
 
 def _draw(x: Tensor, dtype: torch.dtype, keep_prob: float, scale: bool) -> Tensor:
@@ -180,6 +180,8 @@ def _layer_scale(name: str, module: nn.Module) -> Tensor | str | None:
 
 class Block(fast.FastBlock, vision_transformer.Block):
     """``timm.models.vision_transformer.Block``."""
+
+    attn: Any
 
     @staticmethod
     def parts(module: Any, mode: Mode) -> dict[str, Any]:
@@ -208,7 +210,9 @@ class Block(fast.FastBlock, vision_transformer.Block):
 
 
 class EvaBlock(fast.FastBlock, eva.EvaBlock):
-    """``timm.models.eva.EvaBlock``: rotary positions, SwiGLU, q and k biases beside the projection."""
+    """``timm.models.eva.EvaBlock``: rotary positions, SwiGLU, biases beside the projection."""
+
+    attn: Any
 
     @staticmethod
     def parts(module: Any, mode: Mode) -> dict[str, Any]:

@@ -13,8 +13,10 @@ from vitfast.dropin.adapter import Adapter
 from vitfast.dropin.fused import Context
 from vitfast.dropin.parts import (
     AttentionHalf,
+    Linear,
     MlpHalf,
     Mode,
+    assemble,
     is_training,
     layer_norm,
     linear,
@@ -35,26 +37,13 @@ def attention_half(block: Any, mode: Mode) -> AttentionHalf | str:
         return "self_attention has separate projections, extra keys, or takes the batch second"
     if attn.dropout > 0.0 and is_training(attn, mode):
         return f"self_attention drops with p={attn.dropout} in training"
-    norm = layer_norm("ln_1", block.ln_1, nn.LayerNorm)
-    proj = linear("self_attention.out_proj", attn.out_proj, NonDynamicallyQuantizableLinear)
-    if isinstance(norm, str):
-        return norm
-    if isinstance(proj, str):
-        return proj
-    return fast.checked(
-        AttentionHalf(
-            norm,
-            (attn.in_proj_weight,),
-            (attn.in_proj_bias,),
-            attn.num_heads,
-            attn.head_dim**-0.5,
-            None,
-            None,
-            None,
-            *proj,
-            None,
-            None,
-        )
+    return assemble(
+        AttentionHalf,
+        norm=layer_norm("ln_1", block.ln_1, nn.LayerNorm),
+        qkv=(Linear(attn.in_proj_weight, attn.in_proj_bias),),
+        heads=attn.num_heads,
+        scale=attn.head_dim**-0.5,
+        proj=linear("self_attention.out_proj", attn.out_proj, NonDynamicallyQuantizableLinear),
     )
 
 
@@ -71,15 +60,13 @@ def mlp_half(block: Any, mode: Mode) -> MlpHalf | str:
     reason = why_hooked("mlp.1", mlp[1]) or why_dropout("mlp.2", mlp[2], mode) or why_dropout("mlp.4", mlp[4], mode)
     if reason is not None:
         return reason
-    norm, fc1, fc2 = layer_norm("ln_2", block.ln_2, nn.LayerNorm), linear("mlp.0", mlp[0]), linear("mlp.3", mlp[3])
-    if isinstance(norm, str):
-        return norm
-    if isinstance(fc1, str):
-        return fc1
-    if isinstance(fc2, str):
-        return fc2
-    kind = "gelu_tanh" if mlp[1].approximate == "tanh" else "gelu"
-    return fast.checked(MlpHalf(norm, (fc1[0],), (fc1[1],), kind, None, *fc2, None, None))
+    return assemble(
+        MlpHalf,
+        norm=layer_norm("ln_2", block.ln_2, nn.LayerNorm),
+        fc1=(linear("mlp.0", mlp[0]),),
+        activation="gelu_tanh" if mlp[1].approximate == "tanh" else "gelu",
+        fc2=linear("mlp.3", mlp[3]),
+    )
 
 
 class EncoderBlock(fast.FastBlock, vision_transformer.EncoderBlock):

@@ -23,6 +23,7 @@ from vitfast.dropin.parts import (
     Draw,
     MlpHalf,
     Mode,
+    assemble,
     has_hooks,
     is_training,
     layer_norm,
@@ -73,7 +74,6 @@ CHILDREN = {
     ("dinov2_with_registers", "Dinov2WithRegistersPatchEmbeddings"): ("projection",),
     ("dinov3_vit", "DINOv3ViTEmbeddings"): ("patch_embeddings",),
     ("siglip", "SiglipVisionEmbeddings"): ("patch_embedding",),
-    ("siglip2", "Siglip2VisionEmbeddings"): ("patch_embedding",),
     ("clip", "CLIPVisionEmbeddings"): ("patch_embedding",),
     ("vit", "ViTModel"): ("layernorm",),
     ("deit", "DeiTModel"): ("layernorm",),
@@ -127,17 +127,24 @@ def attention_half(layer: Any, layout: Layout, mode: Mode) -> AttentionHalf | st
     p = getattr(attn, "attention_dropout", getattr(attn, "dropout", 0.0))
     if p > 0.0 and is_training(attn, mode):
         return f"{layout.attention} drops with p={p} in training"
-    norm = layer_norm(layout.norms[0], getattr(layer, layout.norms[0]), nn.LayerNorm)
-    qkv = [linear(f"{layout.attention}.{name}", getattr(attn, name, None)) for name in ("q_proj", "k_proj", "v_proj")]
-    proj = linear(f"{layout.attention}.{layout.out}", getattr(attn, layout.out, None))
     gamma, draw = _branch(layer, layout, 0, mode)
-    for part in (norm, *qkv, proj, gamma, draw):
-        if isinstance(part, str):
-            return part
-    weights, biases = zip(*qkv, strict=True)
-    scale = attn.scaling if hasattr(attn, "scaling") else attn.scale
-    heads = weights[0].shape[0] // attn.head_dim
-    return fast.checked(AttentionHalf(norm, weights, biases, heads, scale, None, None, None, *proj, gamma, draw))  # type: ignore[arg-type, misc, return-value]
+    qkv = tuple(
+        linear(f"{layout.attention}.{name}", getattr(attn, name, None)) for name in ("q_proj", "k_proj", "v_proj")
+    )
+    return assemble(
+        AttentionHalf,
+        norm=layer_norm(layout.norms[0], getattr(layer, layout.norms[0]), nn.LayerNorm),
+        qkv=qkv,
+        heads=_heads(attn),
+        scale=attn.scaling if hasattr(attn, "scaling") else attn.scale,
+        proj=linear(f"{layout.attention}.{layout.out}", getattr(attn, layout.out, None)),
+        gamma=gamma,
+        draw=draw,
+    )
+
+
+def _heads(attn: Any) -> int:
+    return attn.num_heads if hasattr(attn, "num_heads") else attn.num_attention_heads
 
 
 def mlp_half(layer: Any, layout: Layout, mode: Mode) -> MlpHalf | str:
@@ -149,9 +156,9 @@ def mlp_half(layer: Any, layout: Layout, mode: Mode) -> MlpHalf | str:
     if reason is not None:
         return reason
     if type(mlp) in gated:
-        first, act, last = ("gate_proj", "up_proj"), "act_fn", "down_proj"
+        names, act, last = ["gate_proj", "up_proj"], "act_fn", "down_proj"
     else:
-        first, act, last = (layout.mlp[0],), layout.mlp[1], layout.mlp[2]
+        names, act, last = [layout.mlp[0]], layout.mlp[1], layout.mlp[2]
     kind = _activation(f"mlp.{act}", getattr(mlp, act, None))
     if kind.startswith("mlp."):
         return kind
@@ -160,15 +167,16 @@ def mlp_half(layer: Any, layout: Layout, mode: Mode) -> MlpHalf | str:
     reason = why_not_activation(kind)
     if reason is not None:
         return reason
-    norm = layer_norm(layout.norms[1], getattr(layer, layout.norms[1]), nn.LayerNorm)
-    fc1 = [linear(f"mlp.{name}", getattr(mlp, name, None)) for name in first]
-    fc2 = linear(f"mlp.{last}", getattr(mlp, last, None))
     gamma, draw = _branch(layer, layout, 1, mode)
-    for part in (norm, *fc1, fc2, gamma, draw):
-        if isinstance(part, str):
-            return part
-    weights, biases = zip(*fc1, strict=True)
-    return fast.checked(MlpHalf(norm, weights, biases, kind, None, *fc2, gamma, draw))  # type: ignore[arg-type, misc, return-value]
+    return assemble(
+        MlpHalf,
+        norm=layer_norm(layout.norms[1], getattr(layer, layout.norms[1]), nn.LayerNorm),
+        fc1=tuple(linear(f"mlp.{name}", getattr(mlp, name, None)) for name in names),
+        activation=kind,
+        fc2=linear(f"mlp.{last}", getattr(mlp, last, None)),
+        gamma=gamma,
+        draw=draw,
+    )
 
 
 def _why_not_attention(layout: Layout, attn: Any, kinds: tuple[type, ...]) -> str | None:
@@ -263,8 +271,7 @@ class FastLayer(fast.FastBlock):
         implementation = getattr(getattr(attn, "config", None), "_attn_implementation", None)
         if mask is not None and (implementation not in (None, "sdpa", "eager") or mask.dim() != 4):
             return None
-        heads = getattr(attn, "num_heads", None) or getattr(attn, "num_attention_heads", 0)
-        return fast.masked(mask, x, heads)
+        return fast.masked(mask, x, _heads(attn)) if isinstance(attn, nn.Module) and mask is not None else Context()
 
     def _attention(self, x: Tensor, given: dict[str, Any]) -> Tensor:
         normed = getattr(self, self.layout.norms[0])(x)
