@@ -63,7 +63,8 @@ def step(model: nn.Module, inputs: dict[str, Tensor], **more: Any) -> dict[str, 
 
 
 def error(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+    ours, theirs = ours.detach().double(), theirs.detach().double()
+    return float((ours - theirs).norm() / theirs.norm())
 
 
 def assert_same_step(ours: dict[str, Tensor], theirs: dict[str, Tensor], allowed: float = FP32) -> None:
@@ -72,7 +73,7 @@ def assert_same_step(ours: dict[str, Tensor], theirs: dict[str, Tensor], allowed
     typical = torch.stack([g.norm() for g in theirs.values()]).median()
     for name, value in theirs.items():
         difference = (ours[name].double() - value.double()).norm()
-        assert difference <= allowed * max(value.norm(), 0.01 * typical), name
+        assert difference <= allowed * max(value.norm(), 0.1 * typical), name
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

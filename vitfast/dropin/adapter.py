@@ -31,7 +31,7 @@ class Adapter:
         library: its import name.
         blocks: the exact class of a transformer block -> its fast subclass.
         single: the exact class of a module that stands alone (a norm, a convolution) -> its fast subclass, beside torch's.
-        children: class of a parent -> names of its children that are replaced as single modules.
+        children: class of a parent -> paths of what is replaced in it as single modules.
         left: exact classes that are known and left alone -> why.
         why_stay: why one block is left although its class is known, beside what its parts say.
         notes: (block, part, why that part will not run fused) for what only the module around the blocks knows.

@@ -168,9 +168,16 @@ def _of_adapter(
     for parent, names in adapter.children.items():
         if isinstance(module, parent):
             for name in names:
-                child = module._modules.get(name)
+                child = _descendant(module, name)
                 if child is not None and type(child) is not nn.Identity:
                     yield f"{path}.{name}".lstrip("."), child, _single(child, adapter)
+
+
+def _descendant(module: nn.Module, path: str) -> nn.Module | None:
+    found: nn.Module | None = module
+    for name in path.split("."):
+        found = None if found is None else found._modules.get(name)
+    return found
 
 
 def _single(child: nn.Module, adapter: Adapter) -> type[nn.Module] | None:

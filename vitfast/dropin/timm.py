@@ -280,6 +280,9 @@ class LayerNorm(fast.Fast, _LAYERS.LayerNorm):
         return fast.fused_norm(self, x) if fast.norm_fits(self, x) else super().forward(x)
 
 
+_SINGLE = ("patch_embed.proj", "norm_pre", "norm", "fc_norm")
+
+
 def _named(module: Any, *names: str) -> dict[type, str]:
     return {getattr(module, name): name for name in names if hasattr(module, name)}
 
@@ -292,9 +295,8 @@ def adapter() -> Adapter:
         single={_LAYERS.LayerNorm: LayerNorm},
         notes=_notes,
         children={
-            vision_transformer.VisionTransformer: ("norm_pre", "norm", "fc_norm"),
-            eva.Eva: ("norm_pre", "norm", "fc_norm"),
-            _LAYERS.PatchEmbed: ("proj",),
+            vision_transformer.VisionTransformer: _SINGLE,
+            eva.Eva: _SINGLE,
         },
         left={
             **dict.fromkeys(
