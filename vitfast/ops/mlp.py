@@ -5,6 +5,7 @@ Legend: T = B * L rows, D width, F hidden width, H = F, or 2F for SwiGLU.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ def _fake_forward(
     x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     *_, dtype, policy, _backend = rest
-    h = x.new_empty((x.shape[:-1].numel(), fc1_weight.shape[0]) if policy != "inference" else (0,), dtype=dtype)
+    h = x.new_empty((math.prod(x.shape[:-1]), fc1_weight.shape[0]) if policy != "inference" else (0,), dtype=dtype)
     return x.new_empty((*x.shape[:-1], fc2_weight.shape[0]), dtype=dtype), h
 
 

@@ -5,6 +5,7 @@ Legend: T = B * L rows, D width, O outputs; ``X`` dtype of the residual stream, 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def _fake_forward(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Ten
     return (
         x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype),
         *fake_statistics(x),
-        x.new_empty((x.shape[:-1].numel(), x.shape[-1]) if policy == "none" else (0,), dtype=dtype),
+        x.new_empty((math.prod(x.shape[:-1]), x.shape[-1]) if policy == "none" else (0,), dtype=dtype),
     )
 
 

@@ -5,6 +5,7 @@ Legend: B samples, T = B * L rows, D width, F hidden width, H = F, or 2F for Swi
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -106,7 +107,7 @@ def _fake_forward(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, fc1_weight: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
     *_, activation, dtype, policy, _backend = rest
-    T, D, H = x.shape[:-1].numel(), x.shape[-1], fc1_weight.shape[0]
+    T, D, H = math.prod(x.shape[:-1]), x.shape[-1], fc1_weight.shape[0]
     F = activated_width(H, activation)
     if policy == "inference":
         return x.new_empty(x.shape), *_nothing_kept(x)
