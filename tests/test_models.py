@@ -425,7 +425,7 @@ def test_list_models():
         ({"class_token": False}, "global_pool='token' needs class_token=True"),
         ({"num_heads": 5}, "num_heads must divide embed_dim, got 5 and 192"),
         ({"drop_path_rate": 1.0}, r"drop_path_rate must be in \[0, 1\), got 1.0"),
-        ({"activation": "relu"}, "activation must be one of 'gelu', 'gelu_tanh', got 'relu'"),
+        ({"activation": "relu"}, "activation must be one of 'gelu', 'gelu_tanh', 'quick_gelu', got 'relu'"),
     ],
 )
 def test_bad_settings_are_named(overrides, message):
