@@ -28,6 +28,16 @@ KINDS = [
     "vit_xsmall_patch16_clip_224",  # norm before the blocks, no patch bias, eps 1e-5
     "vit_little_patch16_reg4_gap_256",  # average pooling before the norm, odd MLP ratio
     "vit_so150m2_patch16_reg1_gap_256",  # no qkv bias, register positions
+    "vit_giant_patch14_dinov2",  # SwiGLU with gate and value in one weight
+    "vit_base_patch32_clip_quickgelu_224",  # quick GELU
+    "beit3_base_patch16_224",  # norms before proj and fc2
+    "vit_small_patch16_dinov3",  # rotary halves, gamma_1, no positions
+    "vit_small_plus_patch16_dinov3_qkvb",  # SwiGLU with separate weights, aligned, biases of q and v
+    "eva02_tiny_patch14_224",  # rotary pairs, rescaled positions
+    "eva02_base_patch16_clip_224",  # separate q, k and v, norms inside
+    "vit_small_patch16_rope_mixed_ape_224",  # learned rotations of each head and layer
+    "vit_pe_core_tiny_patch16_384",  # attention pooling over the prefix too, heads of its own
+    "vit_pe_lang_large_patch14_448",  # no final norm
 ]
 
 
@@ -110,8 +120,17 @@ def test_fp32_matches_timm_full_size(name):
     assert_matches_timm(name, num_classes=1000)
 
 
+ALSO_BF16 = ["vit_small_plus_patch16_dinov3_qkvb", "eva02_base_patch16_clip_224"]
+BF16_KINDS = [
+    *KINDS[:1],
+    *KINDS[3:11],
+    *ALSO_BF16,
+    *[pytest.param(name, marks=pytest.mark.slow) for name in KINDS[11:] if name not in ALSO_BF16],
+]
+
+
 @pytest.mark.parametrize("autocast", [False, True], ids=["weights", "autocast"])
-@pytest.mark.parametrize("name", KINDS[:1] + KINDS[3:])
+@pytest.mark.parametrize("name", BF16_KINDS)
 def test_bf16_is_as_near_fp64_as_timm(name, autocast):
     reference, model = pair(name, **{**small(name), "num_classes": 100})
     images, d_logits = batch(model, size=16)  # 1600 logits: the ratio of two errors then scatters by some 5 %

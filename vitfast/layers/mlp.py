@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vitfast import ops
 from vitfast.layers.layer_norm import LayerNorm
 from vitfast.layers.untouched import remember_parts, untouched
+from vitfast.ops.arguments import ACTIVATIONS
 
 
 class Mlp(nn.Module):
@@ -55,7 +56,8 @@ class Mlp(nn.Module):
     @property
     def fits_one_op(self) -> bool:
         """Whether ``ops.mlp`` computes all of it: nothing between the activation and fc2, and no dropout now."""
-        return isinstance(self.norm, nn.Identity) and not (self.training and self.drop > 0.0)
+        known = self.activation in ACTIVATIONS
+        return known and isinstance(self.norm, nn.Identity) and not (self.training and self.drop > 0.0)
 
     def hidden(self, h: Tensor) -> Tensor:
         """Activation, dropout and norm of the first product, [..., F]."""
