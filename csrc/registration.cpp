@@ -22,10 +22,10 @@ STABLE_TORCH_LIBRARY(vitfast_C, m) {
         "activation_backward(Tensor h, Tensor d_act, str kind, Tensor(a!) d_h, Tensor(b!)? act, Tensor(c!)? d_bias) -> "
         "()");
     m.def(
-        "attention_forward(Tensor qkv, float scale, Tensor? bias, Tensor cu_seqlens, int max_seqlen, Tensor(a!) out, "
-        "Tensor(b!) lse) -> ()");
+        "attention_forward(Tensor qkv, float scale, Tensor? bias, Tensor? padding, Tensor cu_seqlens, int max_seqlen, "
+        "Tensor(a!) out, Tensor(b!) lse) -> ()");
     m.def(
-        "attention_backward(Tensor d_out, Tensor qkv, Tensor out, Tensor lse, float scale, Tensor? bias, "
+        "attention_backward(Tensor d_out, Tensor qkv, Tensor out, Tensor lse, float scale, Tensor? bias, Tensor? padding, "
         "Tensor cu_seqlens, int max_seqlen, Tensor(a!) d_qkv, Tensor(b!)? d_bias) -> ()");
     m.def("patchify(Tensor images, int patch, Tensor scale, Tensor shift, Tensor(a!) patches) -> ()");
     m.def("unpatchify(Tensor d_patches, int patch, Tensor scale, Tensor(a!) d_images) -> ()");

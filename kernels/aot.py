@@ -147,8 +147,10 @@ def attention_case(L: int, E: int, variant: str) -> Callable[[torch.dtype], None
         d_bias = meta(1, H, L, L) if variant == "bias" else None
         cu_seqlens = meta(BATCH + 1, dtype=torch.int32) if variant == "packed" else None
         seqlen = 0 if variant == "packed" else L
-        attention_forward.attention_forward(qkv, E**-0.5, bias, cu_seqlens, L, seqlen, out, lse)
-        attention_backward.attention_backward(out, qkv, out, lse, E**-0.5, bias, cu_seqlens, L, seqlen, qkv, d_bias)
+        attention_forward.attention_forward(qkv, E**-0.5, bias, None, cu_seqlens, L, seqlen, out, lse)
+        attention_backward.attention_backward(
+            out, qkv, out, lse, E**-0.5, bias, None, cu_seqlens, L, seqlen, qkv, d_bias
+        )
 
     return launch
 

@@ -305,6 +305,7 @@ def attention_backward(
     lse: torch.Tensor,
     scale: float,
     bias: torch.Tensor | None,
+    padding: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     max_seqlen: int,
     seqlen: int,
@@ -314,6 +315,8 @@ def attention_backward(
     """d_qkv [T, 3, H, E] and d_bias (fp32, the bias's own shape) from d_out [T, H, E]; arguments as in
     attention_forward."""
     T, _, H, E = qkv.shape
+    if padding is not None:
+        raise NotImplementedError("key padding: the next commit")
     if seqlen:
         cu_seqlens, max_seqlen = None, seqlen
     if d_bias is not None and (T == 0 or max_seqlen == 0):

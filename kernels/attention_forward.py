@@ -212,6 +212,7 @@ def attention_forward(
     qkv: torch.Tensor,
     scale: float,
     bias: torch.Tensor | None,
+    padding: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     max_seqlen: int,
     seqlen: int,
@@ -225,6 +226,8 @@ def attention_forward(
     -inf gives 0, lse -inf.
     """
     T, _, H, E = qkv.shape
+    if padding is not None:
+        raise NotImplementedError("key padding: the next commit")
     if seqlen:
         cu_seqlens, max_seqlen = None, seqlen
     if T == 0 or max_seqlen == 0:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
 from op_checks import (
     BACKENDS,
+    DEVICE,
     Case,
     check_compiles,
     check_gradients,
@@ -20,7 +22,8 @@ from tolerances import relative_error
 from torch import Tensor
 
 from vitfast import ops
-from vitfast.ops.attention import HeadNorm, attention_ref
+from vitfast.ops.attention import attention_ref
+from vitfast.ops.heads import HeadNorm, Heads, Rope
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -75,7 +78,7 @@ def test_bias_and_its_gradient(backend: str, bias: tuple[int, ...]) -> None:
 def test_masked_keys(backend: str) -> None:
     """-inf masks a key; a query that sees no key gives zeros and no gradient, nowhere NaN."""
     skip_unless_available("attention", backend)
-    device = "cuda" if backend in ("cuda",) or (torch.cuda.is_available() and backend != "cpu") else "cpu"
+    device = "cpu" if backend == "cpu" else DEVICE
     qkv = _randn(1, 6, 3, 1, 16).float().to(device).requires_grad_()
     bias = torch.zeros(1, 1, 6, 6, device=device)
     bias[..., 4:] = -math.inf
@@ -128,45 +131,184 @@ def test_noncontiguous(backend: str) -> None:
     check_parity(case, "attention", backend, torch.float32)
 
 
-def _rotate_pairs(x: Tensor, angles: Tensor) -> Tensor:
-    """Complex multiplication of (x_i, x_{i + E/2}), the definition of rotary embedding."""
-    half = x.shape[-1] // 2
-    turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angles), angles).unsqueeze(-2)
-    return torch.cat([turned.real, turned.imag], -1)
+def _tables(rows: int, width: int, seed: int = 5) -> tuple[Tensor, Tensor]:
+    """cos and sin of random angles, fp32: tables keep their dtype whatever q and k have."""
+    angles = _randn(rows, width, seed=seed).float()
+    return angles.cos(), angles.sin()
 
 
-def test_rope_and_head_norms() -> None:
-    """Against the definition: norm, then rotation of all but the first token, then plain attention."""
+def optional_case(
+    shape: tuple[int, int, int, int],
+    *,
+    rope: str = "",
+    prefix: int = 0,
+    norm: str = "",
+    padding: bool = False,
+    bias: bool = False,
+    scale: float | None = None,
+) -> Case:
+    """Attention with any set of its options.
+
+    rope: "half", "interleaved" or "pairs" (tables of E / 2 columns), of all but the first ``prefix`` tokens; norm: the kind
+    for q, k gets the other one with "mixed".
+    """
+    B, L, H, E = shape
+    tensors: dict[str, Tensor | None] = {"qkv": _randn(B, L, 3, H, E)}
+    constants = []
+    kinds = {"mixed": ("layer_norm", "rms_norm")}.get(norm, (norm, norm))
+    for name, kind, seed in zip("qk", kinds, (1, 2), strict=True):
+        if kind:
+            tensors[f"{name}_weight"] = 1 + 0.3 * _randn(E, seed=seed)
+        if kind == "layer_norm":
+            tensors[f"{name}_bias"] = 0.3 * _randn(E, seed=seed + 10)
+    if bias:
+        tensors["bias"] = _randn(H, L, L, seed=3)
+    if rope:
+        tensors["cos"], tensors["sin"] = _tables(L - prefix, E // 2 if rope == "pairs" else E)
+        constants += ["cos", "sin"]
+    if padding:
+        mask = torch.rand(B, L, generator=torch.Generator().manual_seed(4)) < 0.4
+        mask[:, L // 2] = False  # a row without any key has no truth
+        tensors["key_padding_mask"] = mask
+        constants += ["key_padding_mask"]
+
+    def run(function: Callable[..., Tensor], more: dict[str, object], **t: Tensor) -> Tensor:
+        norms = {
+            f"{name}_norm": HeadNorm(t[f"{name}_weight"], t.get(f"{name}_bias"), 1e-5, kind) if kind else None
+            for name, kind in zip("qk", kinds, strict=True)
+        }
+        turn = Rope(t["cos"], t["sin"], rope == "interleaved") if rope else None
+        rest = {name: t.get(name) for name in ("bias", "key_padding_mask")}
+        return function(t["qkv"], scale=scale, rope=turn, **norms, **rest, **more)
+
+    return Case(
+        op=lambda backend, **t: run(ops.attention, {"backend": backend}, **t),
+        ref=lambda **t: run(attention_ref, {}, **t),
+        tensors=tensors,
+        constants=tuple(constants),
+    )
+
+
+OPTIONS: dict[str, dict[str, object]] = {
+    "rope half": {"rope": "half"},
+    "rope interleaved": {"rope": "interleaved"},
+    "rope pairs": {"rope": "pairs", "prefix": 5},
+    "layer norm": {"norm": "layer_norm"},
+    "rms norm": {"norm": "rms_norm"},
+    "padding": {"padding": True},
+    "all": {"rope": "interleaved", "prefix": 1, "norm": "mixed", "padding": True, "bias": True, "scale": 0.3},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_options(backend: str, options: str, dtype: torch.dtype) -> None:
+    check_parity(optional_case((2, 21, 2, 16), **OPTIONS[options]), "attention", backend, dtype)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rope_and_head_norms_by_definition(interleaved: bool) -> None:
+    """Norm, then each pair times exp(i * angle) for all but the first token, then plain attention."""
     qkv, angles, weight, shift = _randn(2, 7, 3, 2, 8), _randn(6, 4, seed=1), _randn(8, seed=2), _randn(8, seed=3)
     q, k, v = qkv.unbind(2)
     q = torch.nn.functional.layer_norm(q, (8,), weight, shift, 1e-6)
     k = k * torch.rsqrt(k.square().mean(-1, keepdim=True) + 1e-6) * weight
-    q, k = (torch.cat([t[:, :1], _rotate_pairs(t[:, 1:], angles)], 1) for t in (q, k))
+
+    def turn(x: Tensor) -> Tensor:
+        pairs = x.unflatten(-1, (4, 2)) if interleaved else x.unflatten(-1, (2, 4)).transpose(-1, -2)
+        turned = torch.view_as_complex(pairs.contiguous()) * torch.polar(torch.ones_like(angles), angles).unsqueeze(1)
+        parts = torch.view_as_real(turned)
+        return (parts if interleaved else parts.transpose(-1, -2)).flatten(-2)
+
+    q, k = (torch.cat([t[:, :1], turn(t[:, 1:])], 1) for t in (q, k))
     expected = attention_ref(torch.stack([q, k, v], 2))
-    cos, sin = torch.cat([angles, angles], -1).cos(), torch.cat([angles, angles], -1).sin()
-    ours = ops.attention(qkv, rope=(cos, sin), q_norm=HeadNorm(weight, shift), k_norm=HeadNorm(weight, kind="rms_norm"))
-    torch.testing.assert_close(ours, expected)
+    norms = {"q_norm": HeadNorm(weight, shift), "k_norm": HeadNorm(weight, kind="rms_norm")}
+    full = angles.repeat_interleave(2, -1) if interleaved else torch.cat([angles, angles], -1)
+    for table in (angles, full):
+        ours = ops.attention(qkv, rope=Rope(table.cos(), table.sin(), interleaved), **norms)
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_packed_sequences_with_options(backend: str, interleaved: bool) -> None:
+    """One table row for each packed token, and norms: as each sequence alone."""
+    lengths, E = [5, 0, 17, 1], 16
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    cos, sin = _tables(23, E)
+    cos[5], sin[5] = 1, 0  # the second sequence's class token
+
+    def norms(weight: Tensor, shift: Tensor) -> dict[str, HeadNorm]:
+        return {"q_norm": HeadNorm(weight, shift), "k_norm": HeadNorm(weight, None, kind="rms_norm")}
+
+    def alone(qkv: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
+        tables = zip(cos.to(qkv.device).split(lengths), sin.to(qkv.device).split(lengths), strict=True)
+        parts = [
+            attention_ref(part.unsqueeze(0), rope=Rope(*pair, interleaved), **norms(weight, shift))[0]
+            for part, pair in zip(qkv.split(lengths), tables, strict=True)
+        ]
+        return torch.cat(parts)
+
+    def packed(qkv: Tensor, weight: Tensor, shift: Tensor, backend: str) -> Tensor:
+        rope = Rope(cos.to(qkv.device), sin.to(qkv.device), interleaved)
+        where = {"cu_seqlens": bounds.to(qkv.device), "max_seqlen": 17}
+        return ops.attention(qkv, rope=rope, **norms(weight, shift), **where, backend=backend)
+
+    tensors = {"qkv": _randn(23, 3, 2, E), "weight": 1 + 0.3 * _randn(E, seed=1), "shift": _randn(E, seed=2)}
+    check_parity(Case(packed, alone, tensors), "attention", backend, torch.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padding_hides_keys(backend: str) -> None:
+    """Padding changes nothing for the others, gets no gradient as keys, and a sequence of padding alone gives zeros."""
+    skip_unless_available("attention", backend)
+    device = "cpu" if backend == "cpu" else DEVICE
+    qkv = _randn(3, 20, 3, 2, 16).float().to(device)
+    mask = torch.zeros(3, 20, dtype=torch.bool, device=device)
+    mask[0, 13:] = mask[1, 4] = mask[2] = True
+    changed = qkv.clone()
+    changed[:, :, 1:][mask] = 1e4
+    qkv.requires_grad_()
+    out = ops.attention(qkv, key_padding_mask=mask, backend=backend)
+    out.sin().sum().backward()
+    assert qkv.grad is not None
+    assert torch.equal(out, ops.attention(changed, key_padding_mask=mask, backend=backend))
+    assert not out[2].any()
+    assert torch.isfinite(qkv.grad).all()
+    assert not qkv.grad[:, :, 1:][mask].any()
+    assert not qkv.grad[2].any()
+    alone = ops.attention(qkv[:1, :13], backend=backend)
+    torch.testing.assert_close(out[:1, :13], alone)
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 def test_compiles(backend: str) -> None:
     check_compiles(case_of(2, 9, 2, 16, (9, 9)), "attention", backend)
+    check_compiles(optional_case((2, 9, 2, 16), **OPTIONS["all"]), "attention", backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_repeatable(backend: str) -> None:
     check_repeatable(case_of(2, 50, 2, 32, (1, 2, 50, 50)), "attention", backend)
+    check_repeatable(optional_case((3, 33, 2, 16), **OPTIONS["all"]), "attention", backend)
 
 
 def test_gradcheck() -> None:
     check_gradients(case_of(2, 3, 2, 4))
     check_gradients(case_of(2, 3, 2, 4, (1, 2, 3, 3), scale=0.3))
+    for options in OPTIONS.values():
+        check_gradients(optional_case((2, 6, 2, 4), **options))
 
 
 def test_opcheck() -> None:
     tensors = case_of(2, 5, 2, 8, (1, 2, 5, 5)).inputs(torch.float32, "cpu")
-    for bias in (None, tensors["bias"]):
-        torch.library.opcheck(torch.ops.vitfast.attention.default, (tensors["qkv"], 0.3, bias, None, 5, "torch"))
+    weight, shift = (torch.randn(8, requires_grad=True) for _ in range(2))
+    heads = Heads(*_tables(4, 8), True, "layer_norm", "rms_norm", weight, shift, weight, None, 1e-6, 1e-6)
+    mask = torch.tensor([[False] * 4 + [True]] * 2)
+    for bias, padding, more in ((None, None, Heads()), (tensors["bias"], mask, heads)):
+        arguments = (tensors["qkv"], 0.3, bias, None, 5, padding, *more, "torch")
+        torch.library.opcheck(torch.ops.vitfast.attention.default, arguments)
 
 
 def test_under_autocast() -> None:
@@ -181,7 +323,11 @@ def test_under_autocast() -> None:
         ({"bias": torch.ones(3, 5)}, r"bias has shape \(3, 5\); allowed: anything that broadcasts to \(2, 2, 5, 5\)"),
         ({"cu_seqlens": torch.tensor([0, 5])}, "with cu_seqlens"),
         ({"max_seqlen": 5}, "max_seqlen is given without cu_seqlens"),
-        ({"rope": (torch.ones(9, 8), torch.ones(9, 8))}, "rope's cos has shape"),
+        ({"rope": (torch.ones(9, 8), torch.ones(9, 8))}, r"rope's cos has shape \(9, 8\); allowed: \(N <= 5, 8\) or"),
+        ({"rope": (torch.ones(5, 8), torch.ones(5, 4))}, r"rope's sin has shape \(5, 4\); .* the same for both"),
+        ({"q_norm": HeadNorm(torch.ones(7))}, r"q_norm's weight has shape \(7,\); allowed: \(8,\)"),
+        ({"key_padding_mask": torch.ones(2, 5)}, "key_padding_mask is torch.float32; allowed: torch.bool"),
+        ({"key_padding_mask": torch.ones(5, 2) > 0}, r"key_padding_mask has shape \(5, 2\); allowed: \(2, 5\)"),
         ({"backend": "cuDNN"}, "backend is 'cuDNN'"),
     ],
 )
@@ -196,5 +342,26 @@ def test_bad_packed_arguments() -> None:
         ops.attention(qkv, cu_seqlens=torch.tensor([0, 5]), max_seqlen=5)
     with pytest.raises(ValueError, match="max_seqlen is missing"):
         ops.attention(qkv, cu_seqlens=torch.tensor([0, 5], dtype=torch.int32))
+    packed = {"cu_seqlens": torch.tensor([0, 5], dtype=torch.int32), "max_seqlen": 5}
+    with pytest.raises(ValueError, match="bias is given with cu_seqlens"):
+        ops.attention(qkv, bias=torch.ones(5, 5), **packed)
+    with pytest.raises(ValueError, match="key_padding_mask is given with cu_seqlens"):
+        ops.attention(qkv, key_padding_mask=torch.ones(1, 5) > 0, **packed)
+    with pytest.raises(ValueError, match=r"rope's cos has shape \(4, 8\); allowed: \(5, 8\)"):
+        ops.attention(qkv, rope=(torch.ones(4, 8), torch.ones(4, 8)), **packed)
+    with pytest.raises(ValueError, match="rope is given with head dim 7; allowed: an even one"):
+        ops.attention(torch.ones(1, 5, 3, 2, 7), rope=(torch.ones(5, 7), torch.ones(5, 7)))
     with pytest.raises(ValueError, match="bias is given"):
         HeadNorm(None, torch.ones(8), kind="rms_norm")
+
+
+def test_a_head_dim_that_a_backend_refuses() -> None:
+    """A named backend answers with the reason, "auto" goes on to the next one."""
+    qkv = torch.randn(1, 3, 3, 1, 300)
+    torch.testing.assert_close(ops.attention(qkv), attention_ref(qkv))
+    skip_unless_available("attention", "cpu")
+    with pytest.raises(RuntimeError, match="cpu: head dim 300: above 256"):
+        ops.attention(qkv, backend="cpu")
+    skip_unless_available("attention", "triton")
+    with pytest.raises(RuntimeError, match=r"triton: head dim 300 with torch\.float32: above"):
+        ops.attention(qkv, backend="triton")

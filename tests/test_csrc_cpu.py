@@ -6,6 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from vitfast.ops.arguments import ACTIVATIONS, POINTWISE
+from vitfast.ops.compose import activation_ref
+
 pytest.importorskip("vitfast._C", reason="the extension is not built: python setup.py build_ext --inplace")
 C = torch.ops.vitfast_C
 
@@ -158,19 +161,20 @@ def test_layer_norm_backward_repeats_bit_for_bit_for_any_thread_count():
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize(("kind", "approximate"), [("gelu", "none"), ("gelu_tanh", "tanh")])
+@pytest.mark.parametrize("kind", ACTIVATIONS)
 @pytest.mark.parametrize(("rows", "width"), [(70, 200), (3, 37), (0, 8)])
-def test_activation(dtype, kind, approximate, rows, width):
-    h, d_act = (torch.randn(rows, width) * 3).to(dtype), torch.randn(rows, width).to(dtype)
-    out, again, d_h = (poisoned(rows, width, dtype=dtype) for _ in range(3))
-    d_bias = poisoned(width)
+def test_activation(dtype, kind, rows, width):
+    columns = 2 * width if kind == "swiglu" else width
+    h, d_act = (torch.randn(rows, columns) * 3).to(dtype), torch.randn(rows, width).to(dtype)
+    out, again = (poisoned(rows, width, dtype=dtype) for _ in range(2))
+    d_h, d_bias = poisoned(rows, columns, dtype=dtype), poisoned(columns)
     C.activation_forward(h, kind, out)
     C.activation_backward(h, d_act, kind, d_h, again, d_bias)
     assert torch.equal(out, again)
     results = []
     for compute in (dtype, torch.float64):
         leaf = h.to(compute).requires_grad_()
-        result = F.gelu(leaf, approximate=approximate)
+        result = activation_ref(leaf, kind)
         results.append((result.detach(), *torch.autograd.grad(result, leaf, d_act.to(compute))))
     (plain, plain_d), (truth, truth_d) = results
     assert_close_as_torch(out, plain, truth, "out")
@@ -178,15 +182,15 @@ def test_activation(dtype, kind, approximate, rows, width):
     assert_close_as_torch(d_bias, plain_d.float().sum(0), truth_d.sum(0), "d_bias")
 
 
-@pytest.mark.parametrize(("kind", "approximate"), [("gelu", "none"), ("gelu_tanh", "tanh")])
-def test_activation_over_the_whole_range(kind, approximate):
+@pytest.mark.parametrize("kind", POINTWISE)
+def test_activation_over_the_whole_range(kind):
     """fp32 error over [-20, 20]; far out 0 or x itself; NaN stays NaN."""
     h = torch.cat([torch.linspace(-20, 20, 40001), torch.tensor([-1e4, -3e38, 1e4, 3e38, float("nan"), 0.0])])[None]
     out, d_h = torch.empty_like(h), torch.empty_like(h)
     C.activation_forward(h, kind, out)
     C.activation_backward(h, torch.ones_like(h), kind, d_h, None, None)
     leaf = h[:, :40001].double().requires_grad_()
-    truth = F.gelu(leaf, approximate=approximate)
+    truth = activation_ref(leaf, kind)
     (slope,) = torch.autograd.grad(truth.sum(), leaf)
     assert ((out[:, :40001] - truth).abs() / truth.abs().clamp(min=1)).max() < 3e-7
     assert (d_h[:, :40001] - slope).abs().max() < 5e-7
@@ -207,17 +211,17 @@ def plain_attention(q, k, v, scale, bias):
     return logits.softmax(-1) @ v, logits.logsumexp(-1)
 
 
-def attention(qkv, scale, bias, cu_seqlens, max_seqlen):
+def attention(qkv, scale, bias, cu_seqlens, max_seqlen, padding=None):
     rows, _, heads, head_dim = qkv.shape
     out, lse = poisoned(rows, heads, head_dim, dtype=qkv.dtype), poisoned(heads, rows)
-    C.attention_forward(qkv, scale, bias, cu_seqlens, max_seqlen, out, lse)
+    C.attention_forward(qkv, scale, bias, padding, cu_seqlens, max_seqlen, out, lse)
     return out, lse
 
 
-def attention_grad(d_out, qkv, out, lse, scale, bias, cu_seqlens, max_seqlen):
+def attention_grad(d_out, qkv, out, lse, scale, bias, cu_seqlens, max_seqlen, padding=None):
     d_qkv = poisoned(*qkv.shape, dtype=qkv.dtype)
     d_bias = None if bias is None else poisoned(*bias.shape)
-    C.attention_backward(d_out, qkv, out, lse, scale, bias, cu_seqlens, max_seqlen, d_qkv, d_bias)
+    C.attention_backward(d_out, qkv, out, lse, scale, bias, padding, cu_seqlens, max_seqlen, d_qkv, d_bias)
     return d_qkv, d_bias
 
 
@@ -352,8 +356,8 @@ def test_attention_of_nothing():
     for bounds in ([0], [0, 0, 0]):
         qkv, lse = torch.zeros(0, 3, 2, 8), torch.zeros(2, 0)
         out, cu_seqlens = torch.zeros(0, 2, 8), torch.tensor(bounds, dtype=torch.int32)
-        C.attention_forward(qkv, 1.0, None, cu_seqlens, 0, out, lse)
-        C.attention_backward(out, qkv, out, lse, 1.0, None, cu_seqlens, 0, torch.zeros_like(qkv), None)
+        C.attention_forward(qkv, 1.0, None, None, cu_seqlens, 0, out, lse)
+        C.attention_backward(out, qkv, out, lse, 1.0, None, None, cu_seqlens, 0, torch.zeros_like(qkv), None)
 
 
 # Patches
@@ -420,26 +424,29 @@ QKV, OUT, LSE, H = torch.zeros(4, 3, 1, 8), torch.zeros(4, 1, 8), torch.zeros(1,
 REFUSALS = {
     "dtype": (lambda: C.activation_forward(H.half(), "gelu", H.half()), "h has dtype Half; allowed"),
     "kind": (lambda: C.activation_forward(H, "relu", H), 'kind is "relu"; allowed: "gelu"'),
+    "gate": (lambda: C.activation_forward(H[:, :7].contiguous(), "swiglu", H), "h has 7 columns; swiglu needs"),
     "strides": (lambda: C.activation_forward(H.t(), "gelu", H.t()), "h must be contiguous"),
     "shape": (lambda: C.activation_forward(H, "gelu", H[:3]), r"out has shape \[3, 8\]; needed: \[4, 8\]"),
     "head dim": (
-        lambda: C.attention_forward(torch.zeros(1, 3, 1, 257), 1.0, None, cu(0, 1), 1, torch.zeros(1, 1, 257), LSE),
+        lambda: C.attention_forward(
+            torch.zeros(1, 3, 1, 257), 1.0, None, None, cu(0, 1), 1, torch.zeros(1, 1, 257), LSE
+        ),
         "qkv has head dim 257; allowed: 1 to 256",
     ),
     "rows": (
-        lambda: C.attention_forward(QKV, 1.0, None, cu(0, 3), 4, OUT, LSE),
+        lambda: C.attention_forward(QKV, 1.0, None, None, cu(0, 3), 4, OUT, LSE),
         "cu_seqlens runs from 0 to 3; it must run from 0 to qkv's 4 rows",
     ),
     "length": (
-        lambda: C.attention_forward(QKV, 1.0, None, cu(0, 4), 3, OUT, LSE),
+        lambda: C.attention_forward(QKV, 1.0, None, None, cu(0, 4), 3, OUT, LSE),
         "cu_seqlens gives sequence 0 the length 4; allowed: 0 to max_seqlen, 3",
     ),
     "bias": (
-        lambda: C.attention_forward(QKV, 1.0, torch.zeros(2, 1, 4, 4), cu(0, 4), 4, OUT, LSE),
+        lambda: C.attention_forward(QKV, 1.0, torch.zeros(2, 1, 4, 4), None, cu(0, 4), 4, OUT, LSE),
         r"bias has shape \[2, 1, 4, 4\]; its first size must be 1",
     ),
     "d_bias": (
-        lambda: C.attention_backward(OUT, QKV, OUT, LSE, 1.0, None, cu(0, 4), 4, QKV, torch.zeros(1, 1, 4, 4)),
+        lambda: C.attention_backward(OUT, QKV, OUT, LSE, 1.0, None, None, cu(0, 4), 4, QKV, torch.zeros(1, 1, 4, 4)),
         "bias is None; d_bias needs it",
     ),
     "total": (

@@ -22,6 +22,8 @@ from vitfast.kernels import (
     patch_embed,
     patchify,
 )
+from vitfast.ops.arguments import ACTIVATIONS, POINTWISE
+from vitfast.ops.compose import activation_ref
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter truncates to bf16 instead of rounding, and its bf16 products are wrong: there only fp32 and fp16 are
@@ -163,24 +165,25 @@ def test_layer_norm_empty_batch():
     assert not d_bias.any()
 
 
-@pytest.mark.parametrize("kind", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize("kind", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("T", "D"), [(1, 1), (5, 300), (19, 64)])
 def test_activation(kind, dtype, T, D):
-    h, d_act = rand(T, D, dtype=dtype, spread=3.0), rand(T, D, dtype=dtype, seed=1)
-    h.view(-1)[: min(T * D, 7)] = torch.tensor([0.0, -0.0, 40.0, -40.0, 1e-4, -5.0, 9.0], dtype=dtype)[: T * D]
-    out, d_h, act = (poisoned(T, D, dtype=dtype) for _ in range(3))
-    d_bias = poisoned(D)
+    H = 2 * D if kind == "swiglu" else D
+    h, d_act = rand(T, H, dtype=dtype, spread=3.0), rand(T, D, dtype=dtype, seed=1)
+    h.view(-1)[: min(T * H, 7)] = torch.tensor([0.0, -0.0, 40.0, -40.0, 1e-4, -5.0, 9.0], dtype=dtype)[: T * H]
+    out, act = (poisoned(T, D, dtype=dtype) for _ in range(2))
+    d_h, d_bias = poisoned(T, H, dtype=dtype), poisoned(H)
     activation.activation_forward(h, kind, out)
     activation.activation_backward(h, d_act, kind, d_h, act, d_bias)
     assert torch.equal(out, act)
-    alone = poisoned(T, D, dtype=dtype)
+    alone = poisoned(T, H, dtype=dtype)
     activation.activation_backward(h, d_act, kind, alone, None, None)
     assert torch.equal(alone, d_h)
 
     def reference(h, d_act):
         h = h.clone().requires_grad_()
-        act = F.gelu(h, approximate="tanh" if kind == "gelu_tanh" else "none")
+        act = activation_ref(h, kind)
         act.backward(d_act)
         return {"act": act.detach(), "d_h": h.grad, "d_bias": h.grad.sum(0)}
 
@@ -189,15 +192,14 @@ def test_activation(kind, dtype, T, D):
         check(name, got, plain[name], truth[name])
 
 
-@pytest.mark.parametrize("kind", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize("kind", POINTWISE)
 def test_activation_over_the_whole_line(kind):
-    """fp16 has few enough numbers to try them all: no NaN, and never worse than half an ulp more than the exact value.
-    fp16 has few enough numbers to try them all: no NaN, and never worse than half an ulp more than the exact value."""
+    """fp16 has few enough numbers to try them all: no NaN, and never worse than half an ulp more than the exact value."""
     h = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
     h = h[torch.isfinite(h)].to(DEVICE)
     out = torch.empty_like(h)
     activation.activation_forward(h, kind, out)
-    truth = F.gelu(h.double(), approximate="tanh" if kind == "gelu_tanh" else "none")
+    truth = activation_ref(h.double(), kind)
     error = (out.double() - truth).abs()
     assert bool((error <= 2.0**-11 * 1.01 * truth.abs() + 4e-7).all())
 
@@ -229,8 +231,8 @@ def run_attention(qkv, bias, d_out, scale, lengths, packed=False, bias_gradient=
     seqlen = 0 if packed else lengths[0]
     out, lse, d_qkv = poisoned(T, H, E, dtype=qkv.dtype), poisoned(H, T), poisoned(*qkv.shape, dtype=qkv.dtype)
     d_bias = poisoned(*bias.shape) if bias is not None and bias_gradient else None
-    attention_forward.attention_forward(qkv, scale, bias, *where, seqlen, out, lse)
-    attention_backward.attention_backward(d_out, qkv, out, lse, scale, bias, *where, seqlen, d_qkv, d_bias)
+    attention_forward.attention_forward(qkv, scale, bias, None, *where, seqlen, out, lse)
+    attention_backward.attention_backward(d_out, qkv, out, lse, scale, bias, None, *where, seqlen, d_qkv, d_bias)
     return {"out": out, "d_qkv": d_qkv, **({} if d_bias is None else {"d_bias": d_bias})}
 
 
@@ -357,8 +359,8 @@ def test_attention_empty():
     none = poisoned(0, 3, 2, 16)
     out, lse = poisoned(0, 2, 16), poisoned(2, 0)
     bias, d_bias = rand(1, 1, 8, 8), poisoned(1, 1, 8, 8)
-    attention_forward.attention_forward(none, 1.0, bias, None, 0, 8, out, lse)
-    attention_backward.attention_backward(out, none, out, lse, 1.0, bias, None, 0, 8, none, d_bias)
+    attention_forward.attention_forward(none, 1.0, bias, None, None, 0, 8, out, lse)
+    attention_backward.attention_backward(out, none, out, lse, 1.0, bias, None, None, 0, 8, none, d_bias)
     assert not d_bias.any()
 
 

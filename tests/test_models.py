@@ -6,6 +6,7 @@ import pickle
 import pytest
 import timm
 import torch
+from model_checks import assert_same, batch, flat, pair, rel, run, shake, small
 from torch import nn
 
 import vitfast
@@ -41,63 +42,10 @@ KINDS = [
 ]
 
 
-def small(name, depth=2, heads=2):
-    """Overrides that keep a named model's kind and cut its cost: few blocks, 4 x 4 patches, few heads of its width."""
-    config = CONFIGS[name]
-    head_dim = config.embed_dim // config.num_heads
-    narrow = {"num_heads": heads, "embed_dim": heads * head_dim} if heads else {}
-    return {"depth": depth, "img_size": 4 * config.patch_size, "num_classes": 10, **narrow}
-
-
-def shake(model):
-    """Moves every parameter away from its start, so that zero biases, tokens and tiny LayerScales take part."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=generator) * (0.1 if p.ndim == 1 else 0.02))
-
-
-def pair(name, **overrides):
-    """timm's model and ours, with timm's weights loaded strictly."""
-    reference = timm.create_model(name, **overrides)
-    shake(reference)
-    model = vitfast.create_model(name, **overrides)
-    model.load_state_dict(reference.state_dict(), strict=True)
-    return reference, model
-
-
-def batch(model, size=2):
-    generator = torch.Generator().manual_seed(2)
-    images = torch.randn(size, model.patch_embed.proj.in_channels, *model.patch_embed.img_size, generator=generator)
-    return images, torch.randn(size, model.num_classes, generator=generator)
-
-
-def run(model, images, d_logits, autocast=False):
-    """Logits and every parameter's gradient."""
-    model.zero_grad()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        logits = model(images)
-    logits.backward(d_logits.to(logits.dtype))
-    return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
-
-
-def rel(value, truth):
-    """Norm of the difference over the norm, in fp64."""
-    return ((value.double() - truth.double()).norm() / truth.double().norm()).item()
-
-
-def flat(grads):
-    return torch.cat([g.double().flatten() for g in grads.values()])
-
-
 def assert_matches_timm(name, **overrides):
     reference, model = pair(name, **overrides)
     images, d_logits = batch(model)
-    logits, grads = run(model, images, d_logits)
-    wanted_logits, wanted_grads = run(reference, images, d_logits)
-    assert rel(logits, wanted_logits) <= 1e-5  # the project's bar for fp32 parity
-    worst = max(grads, key=lambda key: rel(grads[key], wanted_grads[key]))
-    assert rel(grads[worst], wanted_grads[worst]) <= 1e-5, worst
+    assert_same(run(model, images, d_logits), run(reference, images, d_logits))
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -10,8 +10,8 @@
 
 namespace vitfast {
 
-AttentionShape check_attention(const Tensor& qkv, const OptionalTensor& bias, const Tensor& cu_seqlens,
-                               int64_t max_seqlen) {
+AttentionShape check_attention(const Tensor& qkv, const OptionalTensor& bias, const OptionalTensor& padding,
+                               const Tensor& cu_seqlens, int64_t max_seqlen) {
     check("qkv", qkv, Device::kCpu, {ScalarType::Float, ScalarType::BFloat16}, {-1, 3, -1, -1});
     AttentionShape shape{qkv.size(0), qkv.size(2), qkv.size(3), 0, {}};
     if (shape.head_dim < 1 || shape.head_dim > 256) fail("qkv has head dim ", shape.head_dim, "; allowed: 1 to 256");
@@ -39,7 +39,13 @@ AttentionShape check_attention(const Tensor& qkv, const OptionalTensor& bias, co
                  " (sequences), its second 1 or ", shape.heads, " (heads)");
         }
     }
+    check("padding", padding, Device::kCpu, {ScalarType::Bool}, {sequences, max_seqlen});
     return shape;
+}
+
+KeyPadding padding_of(const OptionalTensor& padding) {
+    if (!padding.has_value()) return {};
+    return {data<uint8_t>(*padding), padding->size(1)};
 }
 
 AttentionBias bias_of(const OptionalTensor& bias) {
@@ -84,15 +90,17 @@ void run_forward(const AttentionForward<Y>& args, const AttentionShape& shape) {
 }
 
 // out[T, H, E] = softmax(scale * Q K^T + bias) V for every sequence and head; lse[H, T] = log(sum(exp(logits))).
-void attention_forward(Tensor qkv, double scale, OptionalTensor bias, Tensor cu_seqlens, int64_t max_seqlen, Tensor out,
-                       Tensor lse) {
-    const AttentionShape shape = check_attention(qkv, bias, cu_seqlens, max_seqlen);
+// padding[S, L] is true for keys that no query sees.
+void attention_forward(Tensor qkv, double scale, OptionalTensor bias, OptionalTensor padding, Tensor cu_seqlens,
+                       int64_t max_seqlen, Tensor out, Tensor lse) {
+    const AttentionShape shape = check_attention(qkv, bias, padding, cu_seqlens, max_seqlen);
     check("out", out, Device::kCpu, {qkv.scalar_type()}, {shape.rows, shape.heads, shape.head_dim});
     check("lse", lse, Device::kCpu, {ScalarType::Float}, {shape.heads, shape.rows});
     const auto run = [&](auto type) {
         using Y = decltype(type);
-        run_forward(AttentionForward<Y>{data<Y>(qkv), bias_of(bias), mutable_data<Y>(out), mutable_data<float>(lse),
-                                        static_cast<float>(scale), shape.rows, shape.heads, shape.head_dim},
+        run_forward(AttentionForward<Y>{data<Y>(qkv), bias_of(bias), padding_of(padding), mutable_data<Y>(out),
+                                        mutable_data<float>(lse), static_cast<float>(scale), shape.rows, shape.heads,
+                                        shape.head_dim},
                     shape);
     };
     if (qkv.scalar_type() == ScalarType::Float) {

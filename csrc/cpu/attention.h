@@ -22,6 +22,14 @@ struct AttentionBias {
     }
 };
 
+// Keys that no query sees: non-zero bytes of [S, max_seqlen], or null.
+struct KeyPadding {
+    const uint8_t* mask = nullptr;
+    int64_t length = 0;
+
+    const uint8_t* row(int64_t sequence) const { return mask ? mask + sequence * length : nullptr; }
+};
+
 // Where one (sequence, head) finds its rows in qkv[T, 3, H, E], out[T, H, E] and lse[H, T].
 struct HeadOfSequence {
     int64_t sequence, head, start, length;
@@ -31,6 +39,7 @@ template <class Y>
 struct AttentionForward {
     const Y* qkv;
     AttentionBias bias;
+    KeyPadding padding;
     Y* out;
     float* lse;
     float scale;
@@ -42,6 +51,7 @@ struct AttentionBackward {
     const Y *d_out, *qkv, *out;
     const float* lse;
     AttentionBias bias;
+    KeyPadding padding;
     Y* d_qkv;
     float scale;
     int64_t rows, heads, head_dim;
@@ -53,8 +63,9 @@ struct AttentionShape {
     std::vector<HeadOfSequence> items;       // sequences of length 0 left out
 };
 
-AttentionShape check_attention(const Tensor& qkv, const OptionalTensor& bias, const Tensor& cu_seqlens,
-                               int64_t max_seqlen);
+AttentionShape check_attention(const Tensor& qkv, const OptionalTensor& bias, const OptionalTensor& padding,
+                               const Tensor& cu_seqlens, int64_t max_seqlen);
 AttentionBias bias_of(const OptionalTensor& bias);
+KeyPadding padding_of(const OptionalTensor& padding);
 
 }  // namespace vitfast

@@ -91,8 +91,9 @@ void run_backward(const AttentionBackward<Y>& args, const AttentionShape& shape,
 
 // d_qkv[T, 3, H, E] and, where wanted, d_bias (bias's shape, fp32), from d_out[T, H, E] and what the forward kept.
 void attention_backward(Tensor d_out, Tensor qkv, Tensor out, Tensor lse, double scale, OptionalTensor bias,
-                        Tensor cu_seqlens, int64_t max_seqlen, Tensor d_qkv, OptionalTensor d_bias) {
-    const AttentionShape shape = check_attention(qkv, bias, cu_seqlens, max_seqlen);
+                        OptionalTensor padding, Tensor cu_seqlens, int64_t max_seqlen, Tensor d_qkv,
+                        OptionalTensor d_bias) {
+    const AttentionShape shape = check_attention(qkv, bias, padding, cu_seqlens, max_seqlen);
     const auto dtype = qkv.scalar_type();
     check("d_out", d_out, Device::kCpu, {dtype}, {shape.rows, shape.heads, shape.head_dim});
     check("out", out, Device::kCpu, {dtype}, {shape.rows, shape.heads, shape.head_dim});
@@ -106,8 +107,8 @@ void attention_backward(Tensor d_out, Tensor qkv, Tensor out, Tensor lse, double
     const auto run = [&](auto type) {
         using Y = decltype(type);
         run_backward(AttentionBackward<Y>{data<Y>(d_out), data<Y>(qkv), data<Y>(out), data<float>(lse), bias_of(bias),
-                                          mutable_data<Y>(d_qkv), static_cast<float>(scale), shape.rows, shape.heads,
-                                          shape.head_dim},
+                                          padding_of(padding), mutable_data<Y>(d_qkv), static_cast<float>(scale),
+                                          shape.rows, shape.heads, shape.head_dim},
                      shape, mutable_data<float>(d_bias));
     };
     if (dtype == ScalarType::Float) {

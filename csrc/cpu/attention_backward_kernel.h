@@ -123,7 +123,8 @@ void backward_block(const AttentionBackward<Y>& a, const HeadOfSequence& item, i
     for (int64_t i = 0; i < count; ++i) {
         float* const row = w.logits + i * columns;
         const int64_t bias_row = (begin + i) * a.bias.length;
-        const float unit = finish_logits(row, a.bias, bias_start + bias_row, a.scale, item.length);
+        const float unit =
+            finish_logits(row, a.bias, bias_start + bias_row, a.padding.row(item.sequence), a.scale, item.length);
         const float delta = dot_rows(d_out + i * out_stride, out + i * out_stride, head_dim);
         gradient_row(row, w.d_weights + i * columns, unit, a.lse[item.head * a.rows + start + i], delta, item.length,
                      d_bias ? d_bias + bias_row : nullptr);

@@ -79,7 +79,8 @@ void attention_block(const AttentionForward<Y>& a, const HeadOfSequence& item, i
     float* const lse = a.lse + item.head * a.rows + item.start + begin;
     for (int64_t i = 0; i < count; ++i) {
         float* const row = w.logits + i * columns;
-        const float unit = finish_logits(row, a.bias, bias_start + (begin + i) * a.bias.length, a.scale, item.length);
+        const float unit = finish_logits(row, a.bias, bias_start + (begin + i) * a.bias.length,
+                                         a.padding.row(item.sequence), a.scale, item.length);
         float largest;
         if constexpr (kPairs) {
             w.sums[i] = softmax_row(row, unit, columns, reinterpret_cast<bf16*>(w.weights) + i * columns, &largest);

@@ -29,7 +29,7 @@ struct Parameter {
     const bf16* as_bf16 = nullptr;
 };
 
-enum class Finish { kNone, kGelu, kGeluTanh };
+enum class Finish { kNone, kGelu, kGeluTanh, kQuickGelu };
 
 template <class Y>
 struct RightOperand {
@@ -136,7 +136,8 @@ Finish finish_of(const std::string& activation) {
     if (activation == "none") return Finish::kNone;
     if (activation == "gelu") return Finish::kGelu;
     if (activation == "gelu_tanh") return Finish::kGeluTanh;
-    fail("activation is \"", activation, "\"; allowed: \"none\", \"gelu\", \"gelu_tanh\"");
+    if (activation == "quick_gelu") return Finish::kQuickGelu;
+    fail("activation is \"", activation, "\"; allowed: \"none\", \"gelu\", \"gelu_tanh\", \"quick_gelu\"");
 }
 
 // out[T, O] = act(x[T, I] W^T + bias), W = weight[O, I] or, transposed, weight[I, O]. bias[O] and scale[O] are fp32 or

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vitfast import ops
 from vitfast.layers.layer_norm import LayerNorm
-from vitfast.layers.tokens import FULL, Rope, Tokens
+from vitfast.layers.tokens import FULL, Tokens
 from vitfast.layers.untouched import remember_parts, untouched
 
 
@@ -67,22 +67,21 @@ class Attention(nn.Module):
     def attend(self, qkv_BLC: Tensor, tokens: Tokens = FULL) -> Tensor:
         """Attention on the qkv projection's output [B, L, C], to [B, L, D], both packed as timm packs them."""
         qkv = qkv_BLC.unflatten(-1, (3, self.num_heads, self.head_dim))
-        rope, bias = tokens.rope, tokens.full_bias(qkv)
+        rope, bias, padding = tokens.rope, tokens.visible_bias(qkv), tokens.padding
         drops = self.training and self.attn_drop > 0.0
-        norms, tables = (_head_norm(self.q_norm), _head_norm(self.k_norm)), None
-        if drops or not _head_norms_fit(self) or (rope is not None and not _fits_the_op(rope, tokens)):
+        norms = (_head_norm(self.q_norm), _head_norm(self.k_norm))
+        if drops or not _head_norms_fit(self) or (rope is not None and not rope.shared):
             q, k, v = self.heads(qkv, tokens)
             if drops:
-                return self._attend_with_dropout(q, k, v, tokens, bias)
-            qkv, norms = torch.stack([q, k, v], -3), (None, None)
-        elif rope is not None:
-            tables = (rope.cos, rope.sin)
+                return self._attend_with_dropout(q, k, v, tokens)
+            qkv, norms, rope = torch.stack([q, k, v], -3), (None, None), None
         out = ops.attention(
             qkv,
             bias=bias,
-            rope=tables,
+            rope=None if rope is None else ops.Rope(*rope),
             q_norm=norms[0],
             k_norm=norms[1],
+            key_padding_mask=padding,
             cu_seqlens=tokens.cu_seqlens,
             max_seqlen=tokens.max_seqlen,
             backend=self.backend,
@@ -97,10 +96,9 @@ class Attention(nn.Module):
             q, k = tokens.rope.rotate(q), tokens.rope.rotate(k)
         return q, k, v
 
-    def _attend_with_dropout(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, bias: Tensor | None) -> Tensor:
+    def _attend_with_dropout(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
         """The kernels draw no elements, so PyTorch's own attention does; a packed batch pays for its [T, T] mask."""
-        if tokens.cu_seqlens is not None:
-            bias = tokens.block_diagonal(q)
+        bias = tokens.full_bias(q) if tokens.cu_seqlens is None else tokens.block_diagonal(q)
         q, k, v = (x.transpose(-3, -2) for x in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=self.attn_drop)
         return out.transpose(-3, -2).flatten(-2)
@@ -191,11 +189,6 @@ QKV_LAYOUTS: dict[str, type[Attention]] = {
 def _head_norms_fit(attention: Attention) -> bool:
     """Whether the op may read q_norm's and k_norm's weights past the modules."""
     return isinstance(attention.q_norm, nn.Identity) or untouched(attention)
-
-
-def _fits_the_op(rope: Rope, tokens: Tokens) -> bool:
-    """Whether ``ops.attention`` takes these tables itself."""
-    return rope.shared and not rope.interleaved and tokens.cu_seqlens is None
 
 
 def _head_norm(norm: nn.Module) -> ops.HeadNorm | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vitfast import ops
 from vitfast.layers.layer_norm import LayerNorm
 from vitfast.layers.untouched import remember_parts, untouched
-from vitfast.ops.arguments import ACTIVATIONS
+from vitfast.ops.compose import activation_ref
 
 
 class Mlp(nn.Module):
@@ -56,12 +56,11 @@ class Mlp(nn.Module):
     @property
     def fits_one_op(self) -> bool:
         """Whether ``ops.mlp`` computes all of it: nothing between the activation and fc2, and no dropout now."""
-        known = self.activation in ACTIVATIONS
-        return known and isinstance(self.norm, nn.Identity) and not (self.training and self.drop > 0.0)
+        return isinstance(self.norm, nn.Identity) and not (self.training and self.drop > 0.0)
 
     def hidden(self, h: Tensor) -> Tensor:
         """Activation, dropout and norm of the first product, [..., F]."""
-        return self.norm(F.dropout(activate(h, self.activation), self.drop, self.training))
+        return self.norm(F.dropout(activation_ref(h, self.activation), self.drop, self.training))
 
     def forward(self, x: Tensor) -> Tensor:
         fused = untouched(self)
@@ -91,13 +90,3 @@ class SwiGLU(Mlp):
 
     def project(self, x: Tensor) -> Tensor:
         return torch.cat([self.fc1_g(x), self.fc1_x(x)], -1)
-
-
-def activate(h: Tensor, kind: str) -> Tensor:
-    """The activation of the first product in plain PyTorch."""
-    if kind == "swiglu":
-        gate, value = h.chunk(2, -1)
-        return F.silu(gate) * value
-    if kind == "quick_gelu":
-        return h * torch.sigmoid(1.702 * h)
-    return F.gelu(h, approximate="tanh" if kind == "gelu_tanh" else "none")

@@ -61,7 +61,7 @@ class RotaryEmbedding(nn.Module):
             self.freqs = nn.Parameter(_random_directions(head_dim, depth, num_heads, temperature))
 
     def forward(self, grid: tuple[int, int], device: torch.device) -> Rope:
-        """fp32 tables of grid = (rows, columns): [N, E]; "mixed" [layers, N, H, E].
+        """fp32 tables of grid = (rows, columns): [N, E / 2]; "mixed" [layers, N, H, E].
 
         The same grid gives the same tensors again, outside of compiled code and where nothing is learned or drawn.
         """
@@ -118,8 +118,8 @@ class RotaryEmbedding(nn.Module):
         else:
             angles = (coordinates_N2.unsqueeze(-1) * (1.0 / self.temperature**exponents)).flatten(1)
         cos, sin = angles.cos(), angles.sin()
-        if self.rotate_half:
-            return Rope(torch.cat([cos, cos], -1), torch.cat([sin, sin], -1), interleaved=False)
+        if self.kind != "mixed":
+            return Rope(cos, sin, not self.rotate_half)  # one angle for each pair
         return Rope(cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1), interleaved=True)
 
 

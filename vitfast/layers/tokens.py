@@ -10,11 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vitfast import ops
+from vitfast.ops.heads import full_table, quarter_turn
+
 
 class Rope(NamedTuple):
     """Rotary tables of the last N tokens, fp32, ready to multiply.
 
-    cos, sin: [N, E] for every image and head (or [T, E] for all tokens of a packed batch); otherwise [..., N, H or 1, E].
+    cos, sin: [N, E / 2] for every image and head (or [T, E / 2] for all tokens of a packed batch); otherwise [..., N, H or 1, E].
     interleaved: element 2i is paired with 2i + 1; otherwise element i with i + E / 2.
     """
 
@@ -34,20 +37,18 @@ class Rope(NamedTuple):
     def take(self, kept_BK: Tensor) -> Rope:
         """The tables of each image's kept patches: [B, K, H or 1, E], of all layers [layers, B, K, H, E]."""
         if self.shared:
-            return self._replace(cos=self.cos[kept_BK].unsqueeze(2), sin=self.sin[kept_BK].unsqueeze(2))
+            E = 2 * self.cos.shape[-1]
+            cos, sin = (full_table(table, E, self.interleaved) for table in (self.cos, self.sin))  # [N, 1, E]
+            return self._replace(cos=cos[kept_BK], sin=sin[kept_BK])
         return self._replace(cos=self.cos[..., kept_BK, :, :], sin=self.sin[..., kept_BK, :, :])
 
     def rotate(self, x: Tensor) -> Tensor:
         """Rotate the last N tokens of x [..., L, H, E] (Su et al. 2021, arXiv:2104.09864); the others stay."""
-        cos, sin = (table.unsqueeze(1) if self.shared else table for table in (self.cos, self.sin))
-        prefix, patches = x.split([x.shape[-3] - cos.shape[-3], cos.shape[-3]], -3)
-        if self.interleaved:
-            pairs = patches.unflatten(-1, (-1, 2))
-            turned = torch.stack([-pairs[..., 1], pairs[..., 0]], -1).flatten(-2)
-        else:
-            first, second = patches.chunk(2, -1)
-            turned = torch.cat([-second, first], -1)
-        return torch.cat([prefix, (patches * cos + turned * sin).to(x.dtype)], -3)
+        if self.shared:
+            return ops.Rope(*self)(x)
+        prefix, patches = x.split([x.shape[-3] - self.cos.shape[-3], self.cos.shape[-3]], -3)
+        turned = patches * self.cos + quarter_turn(patches, self.interleaved) * self.sin
+        return torch.cat([prefix, turned.to(x.dtype)], -3)
 
 
 class Tokens(NamedTuple):
@@ -67,16 +68,20 @@ class Tokens(NamedTuple):
     max_seqlen: int | None = None
     size: Tensor | None = None
 
+    def visible_bias(self, like: Tensor) -> Tensor | None:
+        """``bias`` and ``size`` as one bias in the dtype of ``like``; None without either."""
+        if self.size is None:
+            return self.bias
+        log_size = self.size.log()[:, None, None, :].to(like.dtype)  # a token counts as often as it has patches
+        return log_size if self.bias is None else self.bias + log_size
+
     def full_bias(self, like: Tensor) -> Tensor | None:
-        """``bias``, ``padding`` and ``size`` as one bias in the dtype of ``like``; None without any of them."""
-        bias = self.bias
-        if self.size is not None:  # proportional attention: a token counts as often as it has patches
-            log_size = self.size.log()[:, None, None, :].to(like.dtype)
-            bias = log_size if bias is None else bias + log_size
-        if self.padding is not None:
-            hidden = additive(~self.padding[:, None, None, :], like)
-            bias = hidden if bias is None else bias + hidden
-        return bias
+        """``visible_bias`` with ``padding`` in it, for attention in plain PyTorch."""
+        bias = self.visible_bias(like)
+        if self.padding is None:
+            return bias
+        hidden = additive(~self.padding[:, None, None, :], like)
+        return hidden if bias is None else bias + hidden
 
     def block_diagonal(self, like: Tensor) -> Tensor:
         """A packed batch's bias [T, T]: 0 within an image, -inf between images."""

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from vitfast.layers.attention import QKV_LAYOUTS
 from vitfast.layers.block import BLOCKS
 from vitfast.layers.rope import ROPE_TYPES
-from vitfast.ops.arguments import POLICIES
+from vitfast.ops.arguments import POINTWISE, POLICIES
 from vitfast.ops.dispatch import NAMES as BACKENDS
 
 POOLINGS = ("token", "avg", "max", "avgmax", "map", "")
-ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")  # "swiglu" is an mlp_layer
 MLP_LAYERS = ("mlp", "swiglu_packed", "swiglu")
 RATES = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "patch_drop_rate", "drop_path_rate")
 RECOMPUTES = (*POLICIES, "block")
@@ -142,7 +141,7 @@ class ViTConfig:
             if not 0.0 <= getattr(self, field) < 1.0:
                 raise ValueError(f"{field} must be in [0, 1), got {getattr(self, field)}")
         check_choice("global_pool", self.global_pool, POOLINGS)
-        check_choice("activation", self.activation, ACTIVATIONS)
+        check_choice("activation", self.activation, POINTWISE)
         check_choice("backend", self.backend, BACKENDS)
         check_choice("recompute", self.recompute, RECOMPUTES)
         check_choice("mlp_layer", self.mlp_layer, MLP_LAYERS)

@@ -17,6 +17,7 @@ from vitfast.layers.token_merging import MergingBlock
 from vitfast.layers.tokens import Rope
 from vitfast.models.pooling import pool_tokens
 from vitfast.models.vit import VisionTransformer
+from vitfast.ops.compose import activation_ref
 from vitfast.ops.patch_embed import patch_embed_ref
 
 
@@ -82,14 +83,7 @@ def _attention(attn: Attention, x_BLD: Tensor, rope: Rope | None) -> Tensor:
 
 
 def _mlp(mlp: Mlp, x: Tensor) -> Tensor:
-    hidden = F.linear(x, *mlp.hidden_parameters())
-    if mlp.activation == "swiglu":
-        gate, value = hidden.chunk(2, -1)
-        hidden = F.silu(gate) * value
-    elif mlp.activation == "quick_gelu":
-        hidden = hidden * torch.sigmoid(1.702 * hidden)
-    else:
-        hidden = F.gelu(hidden, approximate="tanh" if mlp.activation == "gelu_tanh" else "none")
+    hidden = activation_ref(F.linear(x, *mlp.hidden_parameters()), mlp.activation)
     return mlp.fc2(_norm(mlp.norm, hidden))
 
 

@@ -1,7 +1,8 @@
 """The ops: one file each, with its reference, schema, backends, gradient and public function."""
 
-from .attention import HeadNorm, attention
+from .attention import attention
 from .dispatch import backends
+from .heads import HeadNorm, Rope
 from .layer_norm import add_layer_norm, layer_norm
 from .library import extension_status
 from .linear import linear
@@ -13,6 +14,7 @@ from .patch_embed import patch_embed
 
 __all__ = [
     "HeadNorm",
+    "Rope",
     "add_layer_norm",
     "attention",
     "backends",

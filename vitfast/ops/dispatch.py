@@ -43,19 +43,32 @@ def check_backend_name(backend: str) -> None:
         raise ValueError(f"backend is {backend!r}; allowed are {', '.join(map(repr, NAMES))}")
 
 
-def choose(op: str, x: torch.Tensor, wanted: str, *more: torch.dtype) -> Any:
+def choose(
+    op: str,
+    x: torch.Tensor,
+    wanted: str,
+    *more: torch.dtype,
+    why_not: Callable[[str], str | None] = lambda name: None,
+) -> Any:
     """Return the kernels of the backend that runs ``op`` on ``x`` (and on tensors of ``more`` dtypes).
+
+    ``why_not(name)`` says why a backend that could run otherwise cannot run this very call (its shape, say), or None; it is
+    asked only about backends that can run here.
 
     Raises:
         ValueError: ``wanted`` is no backend's name.
         RuntimeError: the named backend (or, for "auto", every one) cannot run; lists each backend's reason.
     """
     device, dtypes = x.device.type, (x.dtype, *more)
+
+    def reason(backend: Backend, named: bool) -> str | None:
+        return backend.why_not(device, dtypes, named) or why_not(backend.name)
+
     for backend in TABLE[op]:
-        if wanted in ("auto", backend.name) and backend.why_not(device, dtypes, wanted != "auto") is None:
+        if wanted in ("auto", backend.name) and reason(backend, wanted != "auto") is None:
             return backend.run()
     check_backend_name(wanted)
-    reasons = "; ".join(f"{b.name}: {b.why_not(device, dtypes, True) or 'can run'}" for b in TABLE[op])
+    reasons = "; ".join(f"{b.name}: {reason(b, True) or 'can run'}" for b in TABLE[op])
     raise RuntimeError(f"{op}: backend {wanted!r} cannot run on {device} tensors of {x.dtype}. {reasons}")
 
 
@@ -75,16 +88,16 @@ def standard_backends(*names: str) -> tuple[Backend, ...]:
 
 
 def _torch_kernels() -> Any:
-    from . import plain
+    from .plain import KERNELS
 
-    return plain
+    return KERNELS
 
 
 @functools.cache
 def _raw_kernels(kind: str) -> Any:
-    from .raw import RawKernels, TritonKernels
+    from .raw import CpuKernels, RawKernels, TritonKernels
 
-    return TritonKernels() if kind == "triton" else RawKernels()
+    return {"cpu": CpuKernels, "cuda": RawKernels, "triton": TritonKernels}[kind]()
 
 
 def _never(device: str | None, dtypes: Sequence[torch.dtype], named: bool) -> str | None:

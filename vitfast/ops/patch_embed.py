@@ -17,7 +17,6 @@ from .arguments import check_shape, fake_gradients, gradients, product_dtype, wa
 from .compose import column_sum
 from .dispatch import TABLE, choose, standard_backends
 from .library import register
-from .products import input_grad, linear, weight_grad
 
 TABLE["patch_embed"] = standard_backends("cpu", "triton", "cuda", "torch")
 
@@ -78,7 +77,7 @@ def _forward(
     B, _, height, width = images.shape
     P = weight.shape[-1]
     patches = kernels.patchify(images, P, *constants, dtype)
-    projected = linear(patches, weight.flatten(1).to(dtype), None)
+    projected = kernels.linear(patches, weight.flatten(1).to(dtype), None)
     N = (height // P) * (width // P)
     return kernels.assemble_tokens(projected, B, N, bias, pos_embed, prefix, out_dtype)
 
@@ -109,10 +108,10 @@ def _backward(
     d_projected = d_tokens[:, R:].reshape(-1, D).to(dtype)
     d_images = d_weight = None
     if wanted[0]:
-        d_patches = input_grad(d_projected, weight.flatten(1).to(dtype))
+        d_patches = kernels.input_grad(d_projected, weight.flatten(1).to(dtype))
         d_images = kernels.unpatchify(d_patches, P, constants[0], tuple(images.shape), images.dtype)
     if wanted[1]:
-        d_weight = weight_grad(d_projected, kernels.patchify(images, P, *constants, dtype))
+        d_weight = kernels.weight_grad(d_projected, kernels.patchify(images, P, *constants, dtype))
     d_positions = column_sum(d_tokens) if wanted[3] or wanted[4] else None  # [R + N, D]
     d_pos_embed = d_prefix = None
     if d_positions is not None and pos_embed is not None:

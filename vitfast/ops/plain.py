@@ -10,10 +10,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu
+from torch.nn.functional import gelu, silu
+
+from .heads import Heads, transform, transform_backward
+from .products import LibraryProducts
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -96,17 +100,33 @@ def layer_norm_backward(
     return d_x.to(total_TD.dtype), d_branch, d_scale, (d_normed * standard).sum(0), d_normed.sum(0)
 
 
-def activation_forward(h_TF: Tensor, kind: str) -> Tensor:
-    """act(h) -> [T, F]."""
-    return gelu(h_TF, approximate="tanh" if kind == "gelu_tanh" else "none")
+QUICK = 1.702  # quick_gelu(x) = silu(QUICK * x) / QUICK = x * sigmoid(QUICK * x)
+
+
+def activation_forward(h_TH: Tensor, kind: str) -> Tensor:
+    """act(h) -> [T, F]; H = F, or 2F for "swiglu", the gate's columns first."""
+    if kind == "swiglu":
+        gate, up = _wide(h_TH).chunk(2, 1)
+        return (silu(gate) * up).to(h_TH.dtype)
+    if kind == "quick_gelu":
+        wide = _wide(h_TH)
+        return (wide * torch.sigmoid(QUICK * wide)).to(h_TH.dtype)
+    return gelu(h_TH, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
 def activation_backward(
-    h_TF: Tensor, d_act_TF: Tensor, kind: str, want_act: bool
+    h_TH: Tensor, d_act_TF: Tensor, kind: str, want_act: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(d_h [T, F], act(h) [T, F] or None, column sums of d_h [F])."""
-    d_h = torch.ops.aten.gelu_backward(d_act_TF, h_TF, approximate="tanh" if kind == "gelu_tanh" else "none")
-    return d_h, activation_forward(h_TF, kind) if want_act else None, _wide(d_h).sum(0)
+    """(d_h [T, H], act(h) [T, F] or None, column sums of d_h [H])."""
+    if kind == "swiglu":
+        gate, up = _wide(h_TH).chunk(2, 1)
+        d_act = _wide(d_act_TF)
+        d_h = torch.cat([torch.ops.aten.silu_backward(d_act * up, gate), d_act * silu(gate)], 1).to(h_TH.dtype)
+    elif kind == "quick_gelu":
+        d_h = torch.ops.aten.silu_backward(_wide(d_act_TF), QUICK * _wide(h_TH)).to(h_TH.dtype)
+    else:
+        d_h = torch.ops.aten.gelu_backward(d_act_TF, h_TH, approximate="tanh" if kind == "gelu_tanh" else "none")
+    return d_h, activation_forward(h_TH, kind) if want_act else None, _wide(d_h).sum(0)
 
 
 def _sequences(qkv: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
@@ -118,27 +138,37 @@ def _sequences(qkv: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
 
 
 def _probabilities(
-    q: Tensor, k: Tensor, scale: float, bias: Tensor | None, lse: Tensor | None
+    q: Tensor, k: Tensor, scale: float, bias: Tensor | None, padding_BL: Tensor | None, lse: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale q k^T + bias) [S, H, L, L] and its log-sum-exp [S, H, L]; a fully masked row gives zeros."""
     logits = _wide(q @ k.transpose(-2, -1)) * scale
     if bias is not None:
         logits = logits + _wide(bias)
+    if padding_BL is not None:
+        logits = logits.masked_fill(padding_BL[:, None, None], -math.inf)
     if lse is None:
         lse = torch.logsumexp(logits, -1)
     return torch.exp(logits - lse.masked_fill(lse == -math.inf, 0).unsqueeze(-1)), lse
 
 
 def attention_forward(
-    qkv: Tensor, scale: float, bias: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int
+    qkv: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int,
+    padding_BL: Tensor | None,
+    heads: Heads,
 ) -> tuple[Tensor, Tensor]:
     """(out [..., H, E] like qkv without its 3, lse [H, T])."""
+    if heads.active:
+        qkv = transform(qkv, heads)
     out = qkv.new_empty(qkv.shape[:-3] + qkv.shape[-2:])
     lse = _wide(qkv.new_empty(0)).new_empty(qkv.shape[-2], out.shape[:-2].numel())
     start = 0
     for part in _sequences(qkv, cu_seqlens):
         q, k, v = part.permute(2, 0, 3, 1, 4).unbind(0)  # [S, H, L, E] each
-        p, part_lse = _probabilities(q, k, scale, bias, None)
+        p, part_lse = _probabilities(q, k, scale, bias, padding_BL, None)
         rows = part.shape[0] * part.shape[1]
         target = out if cu_seqlens is None else out[start : start + rows].unsqueeze(0)
         target.copy_((p.to(v.dtype) @ v).transpose(1, 2))
@@ -156,18 +186,22 @@ def attention_backward(
     bias: Tensor | None,
     cu_seqlens: Tensor | None,
     max_seqlen: int,
+    padding_BL: Tensor | None,
+    heads: Heads,
     want_bias: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """(d_qkv like qkv, d_bias in fp32 with bias's shape or None)."""
+    want_norms: bool,
+) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
+    """(d_qkv like qkv, d_bias in fp32 with bias's shape or None, gradients in fp32 of ``heads.parameters`` or None)."""
+    given, qkv = qkv, transform(qkv, heads) if heads.active else qkv
     d_qkv = torch.empty_like(qkv)
     d_bias = _wide(torch.zeros_like(bias)) if want_bias and bias is not None else None
-    start, heads = 0, qkv.shape[-2]
+    start, H = 0, qkv.shape[-2]
     for part in _sequences(qkv, cu_seqlens):
         S, L = part.shape[:2]
         q, k, v = part.permute(2, 0, 3, 1, 4).unbind(0)
         d_o = (d_out if cu_seqlens is None else d_out[start : start + L].unsqueeze(0)).transpose(1, 2)
-        lse = lse_HT[:, start : start + S * L].reshape(heads, S, L).transpose(0, 1)
-        p, _ = _probabilities(q, k, scale, bias, lse)
+        lse = lse_HT[:, start : start + S * L].reshape(H, S, L).transpose(0, 1)
+        p, _ = _probabilities(q, k, scale, bias, padding_BL, lse)
         d_p = _wide(d_o @ v.transpose(-2, -1))
         delta = (p * d_p).sum(-1, keepdim=True)  # from p itself, so that it cancels exactly where one key has it all
         d_logits = p * (d_p - delta)
@@ -179,7 +213,10 @@ def attention_backward(
         target[:, :, 1] = (d_s.transpose(-2, -1) @ q).transpose(1, 2)
         target[:, :, 2] = (p.to(v.dtype).transpose(-2, -1) @ d_o).transpose(1, 2)
         start += S * L
-    return d_qkv, d_bias
+    if not heads.active:
+        return d_qkv, d_bias, (None,) * 4
+    d_qkv, d_norms = transform_backward(d_qkv, given, heads, want_norms)
+    return d_qkv, d_bias, d_norms
 
 
 def patchify(images: Tensor, patch: int, scale_C: Tensor, shift_C: Tensor, dtype: torch.dtype) -> Tensor:
@@ -220,3 +257,13 @@ def assemble_tokens(
     if pos_embed is not None and with_prefix:
         tokens = tokens + _wide(pos_embed)
     return tokens.to(dtype)
+
+
+class _PlainKernels(LibraryProducts):
+    """The functions above and the library's products as one object, as the ops call a backend's primitives."""
+
+    def __getattr__(self, name: str) -> Any:
+        return globals()[name]
+
+
+KERNELS = _PlainKernels()

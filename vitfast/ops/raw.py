@@ -14,12 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import POINTWISE, activated_width, nothing
+from .heads import Heads, transform, transform_backward
+from .products import LibraryProducts
+
 
 def _f32(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.float().contiguous()
 
 
-class RawKernels:
+class RawKernels(LibraryProducts):
     """Kernels of the C++ extension; the dispatcher picks the CPU or the CUDA one by the tensors' device."""
 
     def __init__(self, functions: Any = None) -> None:
@@ -105,7 +109,7 @@ class RawKernels:
         return d_x, d_branch, d_scale, d_weight, d_bias
 
     def activation_forward(self, h: Tensor, kind: str) -> Tensor:
-        act = torch.empty_like(h)
+        act = h.new_empty(h.shape[0], activated_width(h.shape[1], kind))
         self.functions.activation_forward(h, kind, act)
         return act
 
@@ -113,7 +117,7 @@ class RawKernels:
         self, h: Tensor, d_act: Tensor, kind: str, want_act: bool
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         d_h = torch.empty_like(h)
-        act = torch.empty_like(h) if want_act else None
+        act = torch.empty_like(d_act) if want_act else None
         d_bias = h.new_empty(h.shape[1], dtype=torch.float32)
         self.functions.activation_backward(h, d_act, kind, d_h, act, d_bias)
         return d_h, act, d_bias
@@ -125,12 +129,15 @@ class RawKernels:
         bias: Tensor | None,
         cu_seqlens: Tensor | None,
         max_seqlen: int,
+        padding: Tensor | None,
+        heads: Heads,
     ) -> tuple[Tensor, Tensor]:
+        if heads.active:
+            qkv = transform(qkv, heads)
         out = qkv.new_empty(qkv.shape[:-3] + qkv.shape[-2:])
         lse = qkv.new_empty(qkv.shape[-2], out.shape[:-2].numel(), dtype=torch.float32)
-        self.functions.attention_forward(
-            qkv.flatten(0, -4), scale, bias, *self._lengths(qkv, cu_seqlens, max_seqlen), out.flatten(0, -3), lse
-        )
+        lengths = self._lengths(qkv, cu_seqlens, max_seqlen)
+        self.functions.attention_forward(qkv.flatten(0, -4), scale, bias, padding, *lengths, out.flatten(0, -3), lse)
         return out, lse
 
     def attention_backward(
@@ -143,8 +150,12 @@ class RawKernels:
         bias: Tensor | None,
         cu_seqlens: Tensor | None,
         max_seqlen: int,
+        padding: Tensor | None,
+        heads: Heads,
         want_bias: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+        want_norms: bool,
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
+        given, qkv = qkv, transform(qkv, heads) if heads.active else qkv
         d_qkv = torch.empty_like(qkv)
         d_bias = torch.empty_like(bias, dtype=torch.float32) if want_bias and bias is not None else None
         self.functions.attention_backward(
@@ -154,11 +165,15 @@ class RawKernels:
             lse,
             scale,
             bias,
+            padding,
             *self._lengths(qkv, cu_seqlens, max_seqlen),
             d_qkv.flatten(0, -4),
             d_bias,
         )
-        return d_qkv, d_bias
+        if not heads.active:
+            return d_qkv, d_bias, (None,) * 4
+        d_qkv, d_norms = transform_backward(d_qkv, given, heads, want_norms)
+        return d_qkv, d_bias, d_norms
 
     def _lengths(self, qkv: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> tuple[Any, ...]:
         """What the raw attention takes for "where each sequence lies"."""
@@ -193,6 +208,66 @@ class RawKernels:
         tokens = projected.new_empty(images, R + patches, projected.shape[1], dtype=dtype)
         self.functions.assemble_tokens(projected, _f32(bias), _f32(pos_embed), _f32(prefix), tokens)
         return tokens
+
+
+class CpuKernels(RawKernels):
+    """The CPU's kernels, with our own matrix products where they measure faster than oneDNN's (docs/decisions.md)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        vectors_of_16 = self.functions.cpu_capability() in ("avx512", "avx512_bf16")
+        self.own_dtypes = {torch.float32} if vectors_of_16 else set()
+        if self.functions.cpu_capability() == "avx512_bf16" and not torch.cpu._is_amx_tile_supported():
+            self.own_dtypes.add(torch.bfloat16)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if x.dtype not in self.own_dtypes:
+            return super().linear(x, weight, bias)
+        out = x.new_empty(x.shape[0], weight.shape[0])
+        self._linear(x, weight, False, bias, "none", None, None, None, None, out)
+        return out
+
+    def linear_activation(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, keep: bool
+    ) -> tuple[Tensor, Tensor]:
+        if x.dtype not in self.own_dtypes or kind not in POINTWISE:
+            return super().linear_activation(x, weight, bias, kind, keep)
+        act = x.new_empty(x.shape[0], weight.shape[0])
+        before = torch.empty_like(act) if keep else None
+        self._linear(x, weight, False, bias, kind, None, None, None, before, act)
+        return act, nothing(act) if before is None else before
+
+    def linear_residual(
+        self,
+        residual: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        drop_path: Tensor | None,
+    ) -> Tensor:
+        if x.dtype not in self.own_dtypes or residual.dtype not in (x.dtype, torch.float32):
+            return super().linear_residual(residual, x, weight, bias, scale, drop_path)
+        total = torch.empty_like(residual)
+        self._linear(x, weight, False, bias, "none", residual, scale, _f32(drop_path), None, total)
+        return total
+
+    def input_grad(self, d_out: Tensor, weight: Tensor) -> Tensor:
+        if d_out.dtype not in self.own_dtypes:
+            return super().input_grad(d_out, weight)
+        d_x = d_out.new_empty(d_out.shape[0], weight.shape[1])
+        self._linear(d_out, weight, True, None, "none", None, None, None, None, d_x)
+        return d_x
+
+    def weight_grad(self, d_out: Tensor, x: Tensor) -> Tensor:
+        if d_out.dtype not in self.own_dtypes:
+            return super().weight_grad(d_out, x)
+        d_weight = d_out.new_empty(d_out.shape[1], x.shape[1])
+        self.functions.linear_weight_grad(d_out, x, d_weight)
+        return d_weight
+
+    def _linear(self, x: Tensor, weight: Tensor, transposed: bool, *rest: Any) -> None:
+        self.functions.linear(x.contiguous(), weight.contiguous(), transposed, *rest)
 
 
 class TritonKernels(RawKernels):
