@@ -38,7 +38,8 @@ def resample_pos_embed(
         )
     if tuple(new_size) == tuple(old_size):
         return pos_embed
-    grid_1DHW = grid_1ND.float().transpose(1, 2).unflatten(2, old_size)
+    # Contiguous, because PyTorch's channels-last kernel gives wrong numbers for a new grid of one column (2.14, CPU).
+    grid_1DHW = grid_1ND.float().transpose(1, 2).unflatten(2, old_size).contiguous()
     grid_1DHW = F.interpolate(grid_1DHW, size=tuple(new_size), mode=interpolation, antialias=antialias)
     return torch.cat([prefix, grid_1DHW.flatten(2).transpose(1, 2).to(pos_embed.dtype)], dim=1)
 
