@@ -25,7 +25,8 @@ STABLE_TORCH_LIBRARY(vitfast_C, m) {
         "attention_forward(Tensor qkv, float scale, Tensor? bias, Tensor? padding, Tensor cu_seqlens, int max_seqlen, "
         "Tensor(a!) out, Tensor(b!) lse) -> ()");
     m.def(
-        "attention_backward(Tensor d_out, Tensor qkv, Tensor out, Tensor lse, float scale, Tensor? bias, Tensor? padding, "
+        "attention_backward(Tensor d_out, Tensor qkv, Tensor out, Tensor lse, float scale, Tensor? bias, Tensor? "
+        "padding, "
         "Tensor cu_seqlens, int max_seqlen, Tensor(a!) d_qkv, Tensor(b!)? d_bias) -> ()");
     m.def("patchify(Tensor images, int patch, Tensor scale, Tensor shift, Tensor(a!) patches) -> ()");
     m.def("unpatchify(Tensor d_patches, int patch, Tensor scale, Tensor(a!) d_images) -> ()");
@@ -36,6 +37,13 @@ STABLE_TORCH_LIBRARY(vitfast_C, m) {
         "scale, "
         "Tensor? drop_path, Tensor(a!)? before, Tensor(b!) out) -> ()");
     m.def("linear_weight_grad(Tensor d_out, Tensor x, Tensor(a!) d_weight) -> ()");
+    m.def(
+        "norm_attention_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor qkv_weight, Tensor? "
+        "qkv_bias, int heads, float scale, Tensor cu_seqlens, int max_seqlen, Tensor proj_weight, Tensor? proj_bias, "
+        "Tensor? proj_scale, Tensor(a!) out) -> ()");
+    m.def(
+        "norm_mlp_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor fc1_weight, Tensor? "
+        "fc1_bias, str activation, Tensor fc2_weight, Tensor? fc2_bias, Tensor? scale, Tensor(a!) out) -> ()");
     m.def("cpu_capability() -> str");
     m.def("set_cpu_capability(str capability) -> ()");
 }

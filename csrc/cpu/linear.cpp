@@ -4,6 +4,7 @@
 #include <atomic>
 
 #include "check.h"
+#include "forward.h"
 #include "isa.h"
 #include "scratch.h"
 
@@ -140,6 +141,8 @@ Finish finish_of(const std::string& activation) {
     fail("activation is \"", activation, "\"; allowed: \"none\", \"gelu\", \"gelu_tanh\", \"quick_gelu\"");
 }
 
+}  // namespace
+
 // out[T, O] = act(x[T, I] W^T + bias), W = weight[O, I] or, transposed, weight[I, O]. bias[O] and scale[O] are fp32 or
 // bf16. before[T, O]: optionally the sum, as the activation sees it. With residual[T, O]: out = residual + drop_path *
 // scale * (x W^T + bias), drop_path[B] with T / B rows per sample.
@@ -202,6 +205,8 @@ void linear(Tensor x, Tensor weight, bool transposed, OptionalTensor bias, std::
         }
     });
 }
+
+namespace {
 
 // d_weight[O, I] = d_out[T, O]^T x[T, I], summed over the rows in their order.
 void linear_weight_grad(Tensor d_out, Tensor x, Tensor d_weight) {

@@ -78,10 +78,16 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     kernels = choose("norm_mlp", x, backend, dtype)
     x_TD = rows(x)
+    fc1, fc2 = (fc1_weight.to(dtype), cast(fc1_bias, dtype)), (fc2_weight.to(dtype), cast(fc2_bias, dtype))
+    if policy == "inference" and drop_path is None:
+        out = kernels.norm_mlp(x_TD, norm_weight, norm_bias, eps, *fc1, activation, *fc2, scale)
+        return out.view(x.shape), *_nothing_kept(x)
     _, normed, mean, rstd = kernels.layer_norm_forward(x_TD, None, None, None, norm_weight, norm_bias, eps, dtype)
     keep = policy != "inference"  # also for "mlp": the activation must see the rounded sum, as it will in backward
-    act, h = kernels.linear_activation(normed, fc1_weight.to(dtype), cast(fc1_bias, dtype), activation, keep)
-    out = kernels.linear_residual(x_TD, act, fc2_weight.to(dtype), cast(fc2_bias, dtype), scale, drop_path)
+    act, h = kernels.linear_activation(normed, *fc1, activation, keep)
+    out = kernels.linear_residual(x_TD, act, *fc2, scale, drop_path)
+    if policy == "inference":
+        return out.view(x.shape), *_nothing_kept(x)
     return (
         out.view(x.shape),
         mean,
@@ -92,12 +98,18 @@ def _forward(
     )
 
 
+def _nothing_kept(x: Tensor) -> tuple[Tensor, ...]:
+    return tuple(nothing(x) for _ in range(5))
+
+
 def _fake_forward(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, fc1_weight: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
     *_, activation, dtype, policy, _backend = rest
     T, D, H = x.shape[:-1].numel(), x.shape[-1], fc1_weight.shape[0]
     F = activated_width(H, activation)
+    if policy == "inference":
+        return x.new_empty(x.shape), *_nothing_kept(x)
     return (
         x.new_empty(x.shape),
         *fake_statistics(x),

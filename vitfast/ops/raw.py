@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .arguments import POINTWISE, activated_width, nothing
+from .halves import BlockHalves
 from .heads import Heads, transform, transform_backward
 from .products import LibraryProducts
 
@@ -23,7 +24,7 @@ def _f32(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.float().contiguous()
 
 
-class RawKernels(LibraryProducts):
+class RawKernels(LibraryProducts, BlockHalves):
     """Kernels of the C++ extension; the dispatcher picks the CPU or the CUDA one by the tensors' device."""
 
     def __init__(self, functions: Any = None) -> None:
@@ -251,6 +252,50 @@ class CpuKernels(RawKernels):
         total = torch.empty_like(residual)
         self._linear(x, weight, False, bias, "none", residual, scale, _f32(drop_path), None, total)
         return total
+
+    def norm_attention(
+        self,
+        x: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        eps: float,
+        qkv_weight: Tensor,
+        qkv_bias: Tensor | None,
+        heads: int,
+        scale: float,
+        *proj: Any,
+    ) -> Tensor:
+        if qkv_weight.dtype not in self.own_dtypes:
+            return super().norm_attention(x, norm_weight, norm_bias, eps, qkv_weight, qkv_bias, heads, scale, *proj)
+        out = torch.empty_like(x)
+        B, L, D = x.shape
+        lengths = _even_lengths(B, L, x.device), L
+        weights = norm_weight, norm_bias, eps, qkv_weight.contiguous(), qkv_bias
+        self.functions.norm_attention_forward(
+            x.view(B * L, D), *weights, heads, scale, *lengths, proj[0].contiguous(), *proj[1:], out.view(B * L, D)
+        )
+        return out
+
+    def norm_mlp(
+        self,
+        x: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        eps: float,
+        fc1_weight: Tensor,
+        fc1_bias: Tensor | None,
+        activation: str,
+        fc2_weight: Tensor,
+        fc2_bias: Tensor | None,
+        scale: Tensor | None,
+    ) -> Tensor:
+        norm = norm_weight, norm_bias, eps
+        if fc1_weight.dtype not in self.own_dtypes:
+            return super().norm_mlp(x, *norm, fc1_weight, fc1_bias, activation, fc2_weight, fc2_bias, scale)
+        out = torch.empty_like(x)
+        fc1, fc2 = (fc1_weight.contiguous(), fc1_bias), (fc2_weight.contiguous(), fc2_bias)
+        self.functions.norm_mlp_forward(x, *norm, *fc1, activation, *fc2, scale, out)
+        return out
 
     def input_grad(self, d_out: Tensor, weight: Tensor) -> Tensor:
         if d_out.dtype not in self.own_dtypes:
