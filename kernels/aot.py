@@ -140,10 +140,14 @@ def norm_case(D: int, stream: torch.dtype | None = None) -> Callable[[torch.dtyp
 def activation_case(F: int) -> Callable[[torch.dtype], None]:
     def launch(dtype: torch.dtype) -> None:
         h = meta(BATCH * 197, F, dtype=dtype)
-        for kind in ("gelu", "gelu_tanh"):
+        for kind in ("gelu", "gelu_tanh", "quick_gelu"):
             activation.activation_forward(h, kind, h)
             activation.activation_backward(h, h, kind, h, None, None)
             activation.activation_backward(h, h, kind, h, h, meta(F))
+        gated = meta(BATCH * 197, 2 * F, dtype=dtype)
+        activation.activation_forward(gated, "swiglu", h)
+        activation.activation_backward(gated, h, "swiglu", gated, None, None)
+        activation.activation_backward(gated, h, "swiglu", gated, h, meta(2 * F))
 
     return launch
 
@@ -221,9 +225,13 @@ def mlp_case(D: int, T: int = BATCH * 197) -> Callable[[torch.dtype], None]:
         x, h, column, hidden = meta(T, D, dtype=dtype), meta(T, F, dtype=dtype), meta(D), meta(F)
         w1, w2, stream = meta(F, D, dtype=dtype), meta(D, F, dtype=dtype), meta(T, D)
         mlp.linear_forward(x, w1, hidden, h)
-        for kind in ("gelu", "gelu_tanh"):
+        for kind in ("gelu", "gelu_tanh", "quick_gelu"):
+            mlp.linear_activation_forward(x, w1, hidden, kind, None, h)
             mlp.linear_activation_forward(x, w1, hidden, kind, h, h)
-            mlp.linear_activation_backward(x, w2, h, kind, h, h, hidden)
+            mlp.hidden_backward(x, w2, h, kind, h, h, hidden)
+        gated, gated_w1 = meta(T, 2 * F, dtype=dtype), meta(2 * F, D, dtype=dtype)
+        mlp.linear_activation_forward(x, gated_w1, meta(2 * F), "swiglu", gated, h)
+        mlp.hidden_backward(x, w2, gated, "swiglu", gated, h, meta(2 * F))
         mlp.linear_residual_forward(h, w2, column, x, None, None, x)
         mlp.linear_residual_forward(h, w2, column, stream, column, meta(1), stream)
 

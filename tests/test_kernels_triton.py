@@ -466,7 +466,7 @@ def test_mlp(T, K, N, dtype, kind):
     mlp.linear_activation_forward(x, w1, b1, kind, h, act)
     mlp.linear_forward(act, w2, None, alone)
     mlp.linear_residual_forward(act, w2, b2, residual, scale, drop_path, total)
-    mlp.linear_activation_backward(d_out, w2, h, kind, d_h, act_again, d_b1)
+    mlp.hidden_backward(d_out, w2, h, kind, d_h, act_again, d_b1)
     assert torch.equal(act, act_again)
     unfused = poisoned(T, N, dtype=dtype)
     activation.activation_forward(h, kind, unfused)
@@ -492,5 +492,5 @@ def test_mlp(T, K, N, dtype, kind):
 def test_mlp_empty_batch():
     none, weight, d_bias = poisoned(0, 16), rand(16, 16), poisoned(16)
     mlp.linear_forward(none, weight, None, none)
-    mlp.linear_activation_backward(none, weight, none, "gelu", none, None, d_bias)
+    mlp.hidden_backward(none, weight, none, "gelu", none, None, d_bias)
     assert not d_bias.any()
