@@ -38,6 +38,19 @@ class Context(NamedTuple):
 
 def attend(x_BLD: Tensor, half: AttentionHalf, options: Options, context: Context) -> Tensor:
     """The attention half of a block, residual included, [B, L, D]."""
+    if _is_one_op(half, context):
+        return ops.norm_attention(
+            x_BLD,
+            half.norm.weight,
+            half.norm.bias,
+            *half.qkv[0],
+            *half.proj,
+            half.heads,
+            half.norm.eps,
+            attention_scale=half.scale,
+            scale=half.gamma,
+            backend=options.backend,
+        )
     qkv_BL3HE = _qkv(x_BLD, half, options)
     out_BLC = ops.attention(
         qkv_BL3HE,
@@ -60,6 +73,12 @@ def attend(x_BLD: Tensor, half: AttentionHalf, options: Options, context: Contex
         drop_path=_factor(half.draw, x_BLD, half.proj.weight, half.gamma),
         backend=options.backend,
     )
+
+
+def _is_one_op(half: AttentionHalf, context: Context) -> bool:
+    """At inference, with one packed projection and nothing between it and the other but attention."""
+    between = (half.q_norm, half.k_norm, half.out_norm, half.draw, *context)
+    return not torch.is_grad_enabled() and len(half.qkv) == 1 and all(part is None for part in between)
 
 
 def feed_forward(x_BLD: Tensor, half: MlpHalf, options: Options) -> Tensor:
