@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from vitfast import ops
     from vitfast.models.registry import create_model, list_models
+    from vitfast.models.weights import load_pretrained
     from vitfast.ops import backends, extension_status
     from vitfast.verify import verify
 
@@ -22,9 +23,19 @@ _HOMES = {
     "create_model": "models.registry",
     "extension_status": "ops",
     "list_models": "models.registry",
+    "load_pretrained": "models.weights",
     "verify": "verify",
 }
-__all__ = ["__version__", "backends", "create_model", "extension_status", "list_models", "ops", "verify"]
+__all__ = [
+    "__version__",
+    "backends",
+    "create_model",
+    "extension_status",
+    "list_models",
+    "load_pretrained",
+    "ops",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:
