@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "check.h"
+#include "forward.h"
 #include "reduce.h"
 
 // Shapes: T rows, F hidden width, H = F, or 2F for "swiglu": the gate's columns, then those it multiplies.
@@ -49,6 +50,8 @@ void with_dtype(const Tensor& h, const Run& run) {
     }
 }
 
+}  // namespace
+
 // out[T, F] = act(h[T, H])
 void activation_forward(Tensor h, std::string name, Tensor out) {
     constexpr int64_t kElements = 8192;  // the least that is worth another thread
@@ -71,6 +74,8 @@ void activation_forward(Tensor h, std::string name, Tensor out) {
         });
     });
 }
+
+namespace {
 
 // d_h[T, H] from d_act[T, F]; optionally act[T, F] again, and d_bias[H], the column sums of d_h before rounding.
 void activation_backward(Tensor h, Tensor d_act, std::string name, Tensor d_h, OptionalTensor act,

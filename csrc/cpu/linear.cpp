@@ -4,6 +4,7 @@
 #include <atomic>
 
 #include "check.h"
+#include "forward.h"
 #include "isa.h"
 #include "scratch.h"
 
@@ -140,6 +141,8 @@ Finish finish_of(const std::string& activation) {
     fail("activation is \"", activation, "\"; allowed: \"none\", \"gelu\", \"gelu_tanh\", \"quick_gelu\"");
 }
 
+}  // namespace
+
 // out[T, O] = act(x[T, I] W^T + bias), W = weight[O, I] or, transposed, weight[I, O]. bias[O] and scale[O] are fp32 or
 // bf16. before[T, O]: optionally the sum, as the activation sees it. With residual[T, O]: out = residual + drop_path *
 // scale * (x W^T + bias), drop_path[B] with T / B rows per sample.
@@ -190,7 +193,7 @@ void linear(Tensor x, Tensor weight, bool transposed, OptionalTensor bias, std::
         const int64_t threads = torch::stable::get_num_threads();
         for_each_item(args, split, [&](int64_t begin, int64_t end, int64_t panel, int64_t, const Workspace& workspace) {
             // Which item comes next is not known: if all threads are equally fast, it is this one.
-            const int64_t next = split.blocks == 1 ? panel + threads : panel;
+            const int64_t next = panel + threads;
             VITFAST_DISPATCH(pack_and_multiply(args, right, begin, end, panel, next, workspace));
         });
     };
@@ -202,6 +205,8 @@ void linear(Tensor x, Tensor weight, bool transposed, OptionalTensor bias, std::
         }
     });
 }
+
+namespace {
 
 // d_weight[O, I] = d_out[T, O]^T x[T, I], summed over the rows in their order.
 void linear_weight_grad(Tensor d_out, Tensor x, Tensor d_weight) {

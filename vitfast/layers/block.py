@@ -1,4 +1,4 @@
-"""One pre-norm transformer block in four ops.
+"""One pre-norm transformer block: four ops in training, two at inference.
 
 B images, L tokens, D width, C = 3 * D, F mlp hidden. A packed batch has [T, ...] in place of [B, L, ...].
 """
@@ -94,7 +94,34 @@ class Block(nn.Module):
         return (self.ls1, self.ls2)[which](branch_BLD)
 
     def forward(self, x_BLD: Tensor, tokens: Tokens = FULL) -> Tensor:
-        return self.add_mlp(self.add_attention(x_BLD, tokens)[0], tokens)
+        if self._attention_is_one_op(tokens):
+            x_BLD = self._norm_attention(x_BLD)
+        else:
+            x_BLD, _ = self.add_attention(x_BLD, tokens)
+        return self.add_mlp(x_BLD, tokens)
+
+    def _attention_is_one_op(self, tokens: Tokens) -> bool:
+        """At inference, on whole images, with nothing between the projections but attention."""
+        if torch.is_grad_enabled() or self.training or not tokens.plain:
+            return False
+        attn = self.attn
+        bare = all(isinstance(part, nn.Identity) for part in (attn.q_norm, attn.k_norm, attn.norm))
+        return bare and untouched(self)
+
+    def _norm_attention(self, x_BLD: Tensor) -> Tensor:
+        attn, norm = self.attn, self.norm1
+        return ops.norm_attention(
+            x_BLD,
+            norm.weight,
+            norm.bias,
+            *attn.qkv_parameters(),
+            attn.proj.weight,
+            attn.proj.bias,
+            attn.num_heads,
+            norm.eps,
+            scale=self.scales()[0],
+            backend=self.backend,
+        )
 
     def add_attention(self, x_BLD: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
         """x + attention(norm1(x)), and q, k and v [B, L, C] where they passed through here."""

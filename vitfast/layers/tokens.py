@@ -68,6 +68,11 @@ class Tokens(NamedTuple):
     max_seqlen: int | None = None
     size: Tensor | None = None
 
+    @property
+    def plain(self) -> bool:
+        """Nothing to tell."""
+        return all(entry is None for entry in self)
+
     def visible_bias(self, like: Tensor) -> Tensor | None:
         """``bias`` and ``size`` as one bias in the dtype of ``like``; None without either."""
         if self.size is None:

@@ -8,6 +8,7 @@ from .library import extension_status
 from .linear import linear
 from .linear_residual import linear_residual
 from .mlp import mlp
+from .norm_attention import norm_attention
 from .norm_linear import norm_linear
 from .norm_mlp import norm_mlp
 from .patch_embed import patch_embed
@@ -23,6 +24,7 @@ __all__ = [
     "linear",
     "linear_residual",
     "mlp",
+    "norm_attention",
     "norm_linear",
     "norm_mlp",
     "patch_embed",

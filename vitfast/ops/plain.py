@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
+from .halves import BlockHalves
 from .heads import Heads, transform, transform_backward
 from .products import LibraryProducts
 
@@ -259,7 +260,7 @@ def assemble_tokens(
     return tokens.to(dtype)
 
 
-class _PlainKernels(LibraryProducts):
+class _PlainKernels(LibraryProducts, BlockHalves):
     """The functions above and the library's products as one object, as the ops call a backend's primitives."""
 
     def __getattr__(self, name: str) -> Any:
