@@ -263,7 +263,9 @@ def linear_config(
     """Tile of x W^T; `columns` of the result, each of which "swiglu" takes two sums for. epilogue: an activation,
     WIDE_RESIDUAL, or None for anything lighter."""
     if dtype == torch.float32:
-        return ProductConfig(rows=64, columns=_small(columns, 64), depth=_small(depth, 16), warps=4, stages=2)
+        # Without tensor cores a product's operands sit in registers too: a second sum leaves room for half a tile.
+        side = _small(columns, 32 if epilogue == "swiglu" else 64)
+        return ProductConfig(rows=64, columns=side, depth=_small(depth, 16), warps=4, stages=2, halved=True)
     heavy = epilogue in ("swiglu", WIDE_RESIDUAL)
     if rows <= FEW_ROWS:  # half a tile, which doubles the programs
         side = _small(columns, 64 if heavy else 128)
