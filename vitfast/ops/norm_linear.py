@@ -26,10 +26,10 @@ from .arguments import (
     wanted_only,
 )
 from .compose import column_sum
-from .dispatch import TABLE, choose, standard_backends
+from .dispatch import FORCED, TABLE, choose, standard_backends
 from .library import register
 
-TABLE["norm_linear"] = standard_backends("cpu", "triton", "cuda", "torch")
+TABLE["norm_linear"] = standard_backends("cpu", "triton", "cuda", "torch", *FORCED)
 
 
 def norm_linear_ref(
