@@ -105,7 +105,12 @@ class AttentionConfig:
     chunks: tuple[int, ...]  # one pass: all keys, in up to three power-of-two chunks; empty: looped
     warps: int
     stages: int = 1
+    registers: int | None = None  # the most per thread; None leaves it to ptxas
 
+
+# Left alone, ptxas gives up a few registers for one more block per multiprocessor, and spills 4 to 16 bytes for it. With a
+# limit of its own it takes what it needs: 255 is the most there are, and what eight warps of one block can have.
+ALL_REGISTERS = 255
 
 # biased: with a bias or key padding, whose values pass through registers in the shape of the logits. prepared: q and k are
 # normalised or rotated on their way in.
@@ -126,13 +131,12 @@ def attention_forward_config(
     if dtype == torch.float32:
         # Without tensor cores a product's operands sit in registers, 16 queries by 32 keys at the most.
         if precision == "ieee":
-            return AttentionConfig(queries=16, keys=32, chunks=(), warps=4)
-        return AttentionConfig(queries=64, keys=32, chunks=(), warps=8)
+            return AttentionConfig(queries=16, keys=32, chunks=(), warps=4, registers=ALL_REGISTERS)
+        return AttentionConfig(queries=64, keys=32, chunks=(), warps=8, registers=ALL_REGISTERS)
     if prepared and head_dim > 64:
         # Keys are normalised and turned in fp32 in the loop, and rotation pads each half of the head: eight warps share it.
-        if head_dim > 128:
-            return AttentionConfig(queries=32, keys=32, chunks=(), warps=8)
-        return AttentionConfig(queries=64 if arch >= 90 else 32, keys=32, chunks=(), warps=8)
+        queries = 64 if arch >= 90 and head_dim <= 128 else 32
+        return AttentionConfig(queries=queries, keys=32, chunks=(), warps=8, registers=ALL_REGISTERS)
     chunks = cover(length, 3)
     # One pass: a 64-row tile of 208 logits is 104 fp32 per thread in four warps, and with 96 columns of output and a
     # bias all 255 registers are taken. Wider heads leave room for fewer logits, and so does Ampere, whose products take
@@ -151,7 +155,7 @@ def attention_forward_config(
         return AttentionConfig(queries=64, keys=32, chunks=(), warps=8, stages=2)
     if head_dim <= 96:
         return AttentionConfig(queries=64, keys=32, chunks=(), warps=4 if head_dim <= 64 else 8, stages=2)
-    return AttentionConfig(queries=32, keys=32, chunks=(), warps=4)
+    return AttentionConfig(queries=32, keys=32, chunks=(), warps=4, registers=ALL_REGISTERS)
 
 
 @dataclass(frozen=True)
@@ -161,17 +165,23 @@ class AttentionBackwardConfig:
     chunks: tuple[int, ...]  # one pass: all keys; empty: looped
     warps: int
     stages: int
+    registers: int | None = None
 
 
-DELTA_ROWS = 32
+@functools.cache
+def delta_rows(head_dim: int) -> int:
+    return 32 if head_dim <= 128 else 16
 
 
 @functools.cache
 def attention_backward_config(
     length: int, head_dim: int, dtype: torch.dtype, precision: str, arch: int, biased: bool, prepared: bool
 ) -> AttentionBackwardConfig:
+    free = dtype != torch.float32 and not prepared and head_dim <= 128
+
     def looped(own: int, step: int, warps: int, stages: int = 1) -> AttentionBackwardConfig:
-        return AttentionBackwardConfig(own=own, step=step, chunks=(), warps=warps, stages=stages)
+        registers = None if free else ALL_REGISTERS
+        return AttentionBackwardConfig(own=own, step=step, chunks=(), warps=warps, stages=stages, registers=registers)
 
     if dtype == torch.float32:
         if precision == "ieee":
@@ -219,6 +229,7 @@ class BiasGradientConfig:
     tile: int  # side of the square tile of the bias
     warps: int
     programs: int  # wanted per multiprocessor; the walk over heads is split to reach them
+    registers: int | None = None
 
 
 @functools.cache
@@ -227,11 +238,11 @@ def bias_gradient_config(
 ) -> BiasGradientConfig:
     if dtype == torch.float32:
         narrow = head_dim <= 64 and not prepared and not (precision == "tf32" and arch >= 100)
-        return BiasGradientConfig(tile=32 if narrow else 16, warps=4, programs=4)
+        return BiasGradientConfig(tile=32 if narrow else 16, warps=4, programs=4, registers=ALL_REGISTERS)
     if prepared:
-        return BiasGradientConfig(tile=32 if head_dim <= 64 else 16, warps=8, programs=4)
+        return BiasGradientConfig(tile=32 if head_dim <= 64 else 16, warps=8, programs=4, registers=ALL_REGISTERS)
     if head_dim > 128:
-        return BiasGradientConfig(tile=32 if arch >= 90 else 16, warps=8, programs=4)
+        return BiasGradientConfig(tile=32 if arch >= 90 else 16, warps=8, programs=4, registers=ALL_REGISTERS)
     # Four operands of a tile take eight warps at 64 rows, and Ampere, which holds them in registers, 32 rows.
     if arch >= 90:
         return BiasGradientConfig(tile=64, warps=8, programs=4)
