@@ -22,9 +22,12 @@ from vitfast.ops.heads import HeadNorm, Rope
 
 from .harness import TORCH_DTYPE, Case, Provider, Work
 from .peers import compiled, installed, own_providers
+from .presets import along, distinct
 
 OPS = ("attention",)
 PEERS = ("flash_attn", "flash_attn_interface", "flash_attn.cute", "xformers")
+_LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
+_HEAD_DIMS = (16, 32, 64, 80, 128, 256)
 DEFAULTS: dict[str, int | str] = {"B": 8, "L": 197, "H": 12, "E": 64}
 SHAPES: dict[str, list[dict[str, int | str]]] = {
     "overview cpu": [{"B": 4}],
@@ -41,8 +44,16 @@ SHAPES: dict[str, list[dict[str, int | str]]] = {
         {"B": 64, "with": "qk_norm"},
         {"B": 64, "L": 256, "with": "padding"},
     ],
-    "growth": [{"B": 4, "L": length} for length in (64, 128, 256, 512, 1024)],
-    "growth cuda": [{"B": 16, "L": length} for length in (64, 128, 256, 512, 1024, 2048, 4096)],
+    "growth": distinct(
+        along("L", _LENGTHS, {"B": 1, "H": 3, "E": 64}),
+        along("E", _HEAD_DIMS, {"B": 4, "L": 197, "H": 3}),
+        along("B", (1, 2, 4, 8, 16, 32), {"L": 197, "H": 3, "E": 64}),
+    ),
+    "growth cuda": distinct(
+        along("L", _LENGTHS, {"B": 16, "H": 12, "E": 64}),
+        along("E", _HEAD_DIMS, {"B": 64, "L": 197, "H": 12}),
+        along("B", (1, 4, 16, 64, 256, 512), {"L": 197, "H": 12, "E": 64}),
+    ),
     "dry": [
         {"B": 1, "L": 17, "H": 1, "E": 16},
         *({"B": 1, "L": 9, "H": 1, "E": 16, "with": name} for name in ("rope", "qk_norm", "padding", "all")),

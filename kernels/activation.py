@@ -1,7 +1,7 @@
-"""GELU, exact (erf) and with the tanh approximation, forward and backward.
+"""GELU, exact (erf), with the tanh approximation and CLIP's quick one, and SwiGLU, forward and backward.
 
-Legend: T rows, F hidden width. Hendrycks & Gimpel, "Gaussian Error Linear Units", arXiv:1606.08415. As in
-layer_norm.py, multiply-adds are spelled out so that recomputing in backward, or in the epilogue of a matrix product,
+Legend: T rows, F hidden width, H = F, or 2F for SwiGLU, whose gate's columns come first. Hendrycks & Gimpel, "Gaussian
+Error Linear Units", arXiv:1606.08415; Shazeer, "GLU Variants Improve Transformer", arXiv:2002.05202. As in layer_norm.py, multiply-adds are spelled out so that recomputing in backward, or in the epilogue of a matrix product,
 gives the forward's bits.
 """
 
@@ -38,21 +38,31 @@ def _normal_cdf(x, FAST: tl.constexpr):
 
 
 @triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
 def _tanh_gate(x):
     """0.5 * (1 + tanh(u)) = sigmoid(2 u) for u = sqrt(2 / pi) * (x + 0.044715 * x**3)."""
     twice = x * tl.fma(x * x, 2.0 * 0.7978845608028654 * 0.044715, 2.0 * 0.7978845608028654)
-    return 1.0 / (1.0 + tl.exp(-twice))
+    return _sigmoid(twice)
 
 
 @triton.jit
 def activate(x, KIND: tl.constexpr, FAST: tl.constexpr):
-    """act(x) for fp32 x; the launch needs enable_fp_fusion=False for equal bits everywhere."""
+    """act(x) for fp32 x ("swiglu": silu(x), its gate); the launch needs enable_fp_fusion=False for equal bits
+    everywhere."""
     if KIND == "gelu":
         cdf, _bell = _normal_cdf(x, FAST)
         return x * cdf
-    else:
-        tl.static_assert(KIND == "gelu_tanh")
+    elif KIND == "gelu_tanh":
         return x * _tanh_gate(x)
+    elif KIND == "quick_gelu":
+        return x * _sigmoid(1.702 * x)
+    else:
+        tl.static_assert(KIND == "swiglu")
+        return x * _sigmoid(x)
 
 
 @triton.jit
@@ -61,11 +71,19 @@ def activate_with_slope(x, KIND: tl.constexpr, FAST: tl.constexpr):
     if KIND == "gelu":
         cdf, bell = _normal_cdf(x, FAST)
         return x * cdf, tl.fma(x * 0.3989422804014327, bell, cdf)
-    else:
-        tl.static_assert(KIND == "gelu_tanh")
+    elif KIND == "gelu_tanh":
         gate = _tanh_gate(x)
         inner = tl.fma(x * x, 6.0 * 0.7978845608028654 * 0.044715, 2.0 * 0.7978845608028654)  # d(2u)/dx
         return x * gate, tl.fma(x * gate * (1.0 - gate), inner, gate)
+    elif KIND == "quick_gelu":
+        gate = _sigmoid(1.702 * x)
+        value = x * gate
+        return value, tl.fma(1.702 * value, 1.0 - gate, gate)
+    else:
+        tl.static_assert(KIND == "swiglu")
+        gate = _sigmoid(x)
+        value = x * gate
+        return value, tl.fma(value, 1.0 - gate, gate)
 
 
 @triton.jit
@@ -74,6 +92,54 @@ def _forward_kernel(h, out, numel, KIND: tl.constexpr, FAST: tl.constexpr, BLOCK
     mask = at < numel
     value = activate(tl.load(h + at, mask=mask, other=0.0).to(tl.float32), KIND, FAST)
     tl.store(out + at, value.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _swiglu_forward_kernel(h, out, T, F, FAST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr):
+    """out [T, F] = silu(gate) * up for h [T, 2F]."""
+    cols = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    rows = (tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    mask = (rows < T)[:, None] & (cols < F)[None, :]
+    at = rows[:, None] * (2 * F) + cols[None, :]
+    gate = tl.load(h + at, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(h + at + F, mask=mask, other=0.0).to(tl.float32)
+    value = activate(gate, "swiglu", FAST) * up
+    tl.store(out + rows[:, None] * F + cols[None, :], value.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _swiglu_backward_kernel(
+    h, d_act, d_h, act, partials, T, F, FAST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr
+):
+    """As _backward_kernel, for h and d_h [T, 2F]; partials [G, 2F]."""
+    first = tl.program_id(1)
+    G = tl.num_programs(1)
+    cols = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    col_mask = cols < F
+    gate_columns = tl.zeros([BLOCK_T, BLOCK_F], tl.float32)
+    up_columns = tl.zeros([BLOCK_T, BLOCK_F], tl.float32)
+    for block in range(first, tl.cdiv(T, BLOCK_T), G):
+        rows = (block * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+        at = rows[:, None] * F + cols[None, :]
+        gates = rows[:, None] * (2 * F) + cols[None, :]
+        mask = (rows < T)[:, None] & col_mask[None, :]
+        gate = tl.load(h + gates, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(h + gates + F, mask=mask, other=0.0).to(tl.float32)
+        incoming = tl.load(d_act + at, mask=mask, other=0.0).to(tl.float32)
+        value, slope = activate_with_slope(gate, "swiglu", FAST)
+        d_gate = (incoming * up * slope).to(d_h.dtype.element_ty)
+        d_up = (incoming * value).to(d_h.dtype.element_ty)
+        tl.store(d_h + gates, d_gate, mask=mask)
+        tl.store(d_h + gates + F, d_up, mask=mask)
+        if act is not None:
+            tl.store(act + at, (value * up).to(act.dtype.element_ty), mask=mask)
+        if partials is not None:
+            gate_columns += d_gate.to(tl.float32)
+            up_columns += d_up.to(tl.float32)
+    if partials is not None:
+        sums = partials + first * (2 * F) + cols
+        tl.store(sums, tl.sum(gate_columns, axis=0), mask=col_mask)
+        tl.store(sums + F, tl.sum(up_columns, axis=0), mask=col_mask)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -109,9 +175,16 @@ def is_fast(dtype: torch.dtype) -> bool:
 
 @device.launcher
 def activation_forward(h: torch.Tensor, kind: str, out: torch.Tensor) -> None:
-    """out [T, F] = act(h); kind is "gelu" or "gelu_tanh"."""
-    numel = h.numel()
+    """out [T, F] = act(h [T, H]); kind is "gelu", "gelu_tanh", "quick_gelu" or "swiglu"."""
+    numel = out.numel()
     if numel == 0:
+        return
+    if kind == "swiglu":
+        T, F = out.shape
+        config = ACTIVATION
+        _swiglu_forward_kernel[(triton.cdiv(F, config.columns), triton.cdiv(T, config.rows))](
+            h, out, T, F, is_fast(h.dtype), config.rows, config.columns, num_warps=config.warps, enable_fp_fusion=False
+        )
         return
     _forward_kernel[(triton.cdiv(numel, ACTIVATION.block),)](
         h, out, numel, kind, is_fast(h.dtype), ACTIVATION.block, num_warps=ACTIVATION.warps, enable_fp_fusion=False
@@ -127,8 +200,8 @@ def activation_backward(
     act: torch.Tensor | None,
     d_bias: torch.Tensor | None,
 ) -> None:
-    """d_h [T, F] = d_act * act'(h); act = act(h) again with the forward's bits; d_bias [F] = column sums of d_h."""
-    T, F = h.shape
+    """d_h [T, H] from d_act [T, F]; act [T, F] = act(h) again with the forward's bits; d_bias [H] = column sums of d_h."""
+    T, F = d_act.shape
     if T == 0:
         if d_bias is not None:
             d_bias.zero_()
@@ -137,10 +210,16 @@ def activation_backward(
     columns = triton.cdiv(F, config.columns)
     wanted = triton.cdiv(config.programs * device.device_properties(h.device).multiprocessors, columns)
     strips = min(triton.cdiv(T, config.rows), wanted)
-    partials = None if d_bias is None else torch.empty(1, strips, F, device=h.device, dtype=torch.float32)
-    _backward_kernel[(columns, strips)](
-        h, d_act, d_h, act, partials, T, F, kind, is_fast(h.dtype), config.rows, config.columns,
-        num_warps=config.warps, enable_fp_fusion=False,
-    )  # fmt: skip
+    partials = None if d_bias is None else torch.empty(1, strips, h.shape[1], device=h.device, dtype=torch.float32)
+    if kind == "swiglu":
+        _swiglu_backward_kernel[(columns, strips)](
+            h, d_act, d_h, act, partials, T, F, is_fast(h.dtype), config.rows, config.columns,
+            num_warps=config.warps, enable_fp_fusion=False,
+        )  # fmt: skip
+    else:
+        _backward_kernel[(columns, strips)](
+            h, d_act, d_h, act, partials, T, F, kind, is_fast(h.dtype), config.rows, config.columns,
+            num_warps=config.warps, enable_fp_fusion=False,
+        )  # fmt: skip
     if partials is not None and d_bias is not None:
         sum_partials(partials, d_bias)

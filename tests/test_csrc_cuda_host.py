@@ -17,6 +17,9 @@ import torch
 from tolerances import assert_close_to_truth
 from torch import Tensor
 
+from vitfast.ops.arguments import ACTIVATIONS
+from vitfast.ops.compose import activation_ref
+
 ROOT = Path(__file__).resolve().parent.parent
 CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 # (X, Y): residual stream and compute dtype.
@@ -258,28 +261,28 @@ def test_team_shapes(library: ctypes.CDLL, kind: int) -> None:
         assert blocks * teams >= min(rows, 132)
 
 
-def gelu_reference(h: Tensor, d_act: Tensor, approximate: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def activation_reference(h: Tensor, d_act: Tensor, kind: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     x = h.to(dtype).requires_grad_()
-    y = torch.nn.functional.gelu(x, approximate=approximate)
+    y = activation_ref(x, kind)
     return y.detach(), torch.autograd.grad(y, x, d_act.to(dtype))[0]
 
 
-@pytest.mark.parametrize("kind", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize("kind", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_activation(library: ctypes.CDLL, dtype: torch.dtype, kind: str) -> None:
-    approximate = {"gelu": "none", "gelu_tanh": "tanh"}[kind]
-    tanh = int(kind == "gelu_tanh")
+    number, halves = ACTIVATIONS.index(kind), 2 if kind == "swiglu" else 1
     for rows, width in [(1, 1), (5, 13), (37, 96), (70, 520), (3, 3072), (600, 8)]:
         torch.manual_seed(rows)
-        h = (3 * torch.randn(rows, width)).to(dtype)
+        h = (3 * torch.randn(rows, halves * width)).to(dtype)
         h.view(-1)[: min(4, h.numel())] = torch.tensor([0.0, -30.0, 30.0, -0.0], dtype=dtype)[: min(4, h.numel())]
         d_act = random(rows, width, dtype=dtype)
-        act = run(library, "activation_forward", (dtype,), [h, torch.empty_like(h)], [1], tanh, h.numel())[1]
-        tensors = [h, d_act, torch.empty_like(h), torch.empty_like(h), torch.empty(width)]
-        out = run(library, "activation_backward", (dtype,), tensors, [2, 3, 4], tanh, rows, width)
-        bare = run(library, "activation_backward", (dtype,), [h, d_act, tensors[2], None, None], [2], tanh, rows, width)
+        shape = (number, rows, width)
+        act = run(library, "activation_forward", (dtype,), [h, torch.empty_like(d_act)], [1], *shape)[1]
+        tensors = [h, d_act, torch.empty_like(h), torch.empty_like(d_act), torch.empty(halves * width)]
+        out = run(library, "activation_backward", (dtype,), tensors, [2, 3, 4], *shape)
+        bare = run(library, "activation_backward", (dtype,), [h, d_act, tensors[2], None, None], [2], *shape)
 
-        truth, plain = (gelu_reference(h, d_act, approximate, d) for d in (torch.float64, torch.float32))
+        truth, plain = (activation_reference(h, d_act, kind, d) for d in (torch.float64, torch.float32))
         assert_close_to_truth(f"act {rows}x{width}", act, plain[0].to(dtype), truth[0], act.dtype)
         assert_close_to_truth(f"d_h {rows}x{width}", out[2], plain[1].to(dtype), truth[1], out[2].dtype)
         assert_close_to_truth(f"d_bias {rows}x{width}", out[4], plain[1].sum(0), truth[1].sum(0), out[4].dtype)
@@ -289,8 +292,10 @@ def test_activation(library: ctypes.CDLL, dtype: torch.dtype, kind: str) -> None
 
 def test_activation_without_rows(library: ctypes.CDLL) -> None:
     empty = torch.empty(0, 24)
-    out = run(library, "activation_backward", (torch.float32,), [empty] * 4 + [torch.empty(24)], [4], 0, 0, 24)
-    assert bool((out[4] == 0).all())
+    for number, halves in ((0, 1), (3, 2)):
+        tensors = [empty] * 4 + [torch.empty(24 * halves)]
+        out = run(library, "activation_backward", (torch.float32,), tensors, [4], number, 0, 24)
+        assert bool((out[4] == 0).all())
 
 
 def geometry(images: Tensor, patch: int) -> list[int]:

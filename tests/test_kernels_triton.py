@@ -29,6 +29,8 @@ from vitfast.kernels import (
 )
 from vitfast.kernels.attention_heads import HeadOptions
 from vitfast.ops import plain as plain_ops
+from vitfast.ops.arguments import ACTIVATIONS, POINTWISE
+from vitfast.ops.compose import activation_ref
 from vitfast.ops.heads import Heads
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -171,24 +173,25 @@ def test_layer_norm_empty_batch():
     assert not d_bias.any()
 
 
-@pytest.mark.parametrize("kind", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize("kind", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("T", "D"), [(1, 1), (5, 300), (19, 64)])
 def test_activation(kind, dtype, T, D):
-    h, d_act = rand(T, D, dtype=dtype, spread=3.0), rand(T, D, dtype=dtype, seed=1)
-    h.view(-1)[: min(T * D, 7)] = torch.tensor([0.0, -0.0, 40.0, -40.0, 1e-4, -5.0, 9.0], dtype=dtype)[: T * D]
-    out, d_h, act = (poisoned(T, D, dtype=dtype) for _ in range(3))
-    d_bias = poisoned(D)
+    H = 2 * D if kind == "swiglu" else D
+    h, d_act = rand(T, H, dtype=dtype, spread=3.0), rand(T, D, dtype=dtype, seed=1)
+    h.view(-1)[: min(T * H, 7)] = torch.tensor([0.0, -0.0, 40.0, -40.0, 1e-4, -5.0, 9.0], dtype=dtype)[: T * H]
+    out, act = (poisoned(T, D, dtype=dtype) for _ in range(2))
+    d_h, d_bias = poisoned(T, H, dtype=dtype), poisoned(H)
     activation.activation_forward(h, kind, out)
     activation.activation_backward(h, d_act, kind, d_h, act, d_bias)
     assert torch.equal(out, act)
-    alone = poisoned(T, D, dtype=dtype)
+    alone = poisoned(T, H, dtype=dtype)
     activation.activation_backward(h, d_act, kind, alone, None, None)
     assert torch.equal(alone, d_h)
 
     def reference(h, d_act):
         h = h.clone().requires_grad_()
-        act = F.gelu(h, approximate="tanh" if kind == "gelu_tanh" else "none")
+        act = activation_ref(h, kind)
         act.backward(d_act)
         return {"act": act.detach(), "d_h": h.grad, "d_bias": h.grad.sum(0)}
 
@@ -197,15 +200,14 @@ def test_activation(kind, dtype, T, D):
         check(name, got, plain[name], truth[name])
 
 
-@pytest.mark.parametrize("kind", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize("kind", POINTWISE)
 def test_activation_over_the_whole_line(kind):
-    """fp16 has few enough numbers to try them all: no NaN, and never worse than half an ulp more than the exact value.
-    fp16 has few enough numbers to try them all: no NaN, and never worse than half an ulp more than the exact value."""
+    """fp16 has few enough numbers to try them all: no NaN, and never worse than half an ulp more than the exact value."""
     h = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
     h = h[torch.isfinite(h)].to(DEVICE)
     out = torch.empty_like(h)
     activation.activation_forward(h, kind, out)
-    truth = F.gelu(h.double(), approximate="tanh" if kind == "gelu_tanh" else "none")
+    truth = activation_ref(h.double(), kind)
     error = (out.double() - truth).abs()
     assert bool((error <= 2.0**-11 * 1.01 * truth.abs() + 4e-7).all())
 
@@ -562,7 +564,7 @@ def test_mlp(T, K, N, dtype, kind):
     mlp.linear_activation_forward(x, w1, b1, kind, h, act)
     mlp.linear_forward(act, w2, None, alone)
     mlp.linear_residual_forward(act, w2, b2, residual, scale, drop_path, total)
-    mlp.linear_activation_backward(d_out, w2, h, kind, d_h, act_again, d_b1)
+    mlp.hidden_backward(d_out, w2, h, kind, d_h, act_again, d_b1)
     assert torch.equal(act, act_again)
     unfused = poisoned(T, N, dtype=dtype)
     activation.activation_forward(h, kind, unfused)
@@ -588,5 +590,5 @@ def test_mlp(T, K, N, dtype, kind):
 def test_mlp_empty_batch():
     none, weight, d_bias = poisoned(0, 16), rand(16, 16), poisoned(16)
     mlp.linear_forward(none, weight, None, none)
-    mlp.linear_activation_backward(none, weight, none, "gelu", none, None, d_bias)
+    mlp.hidden_backward(none, weight, none, "gelu", none, None, d_bias)
     assert not d_bias.any()

@@ -19,6 +19,7 @@ from vitfast.ops.norm_mlp import norm_mlp_ref
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+PRODUCT_BACKENDS = (*BACKENDS, "triton_fused")  # Triton's own products too, which the table may not choose
 SHAPES = [(2, 5, 24), (1, 1, 8), (3, 17, 40), (0, 4, 16)]
 
 
@@ -29,13 +30,14 @@ def _randn(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
 def mlp_case(shape: tuple[int, ...], activation: str = "gelu", bias: bool = True) -> Case:
     D = shape[-1]
     F = 2 * D + 8
+    H = 2 * F if activation == "swiglu" else F
     return Case(
         op=partial(ops.mlp, activation=activation),
         ref=partial(mlp_ref, activation=activation),
         tensors={
             "x": _randn(*shape),
-            "fc1_weight": _randn(F, D, seed=1, scale=D**-0.5),
-            "fc1_bias": _randn(F, seed=2) if bias else None,
+            "fc1_weight": _randn(H, D, seed=1, scale=D**-0.5),
+            "fc1_bias": _randn(H, seed=2) if bias else None,
             "fc2_weight": _randn(D, F, seed=3, scale=F**-0.5),
             "fc2_bias": _randn(D, seed=4) if bias else None,
         },
@@ -46,7 +48,7 @@ def norm_mlp_case(
     shape: tuple[int, ...], recompute: str = "fused", extras: bool = True, activation: str = "gelu"
 ) -> Case:
     D = shape[-1]
-    inner = mlp_case(shape, bias=extras).tensors
+    inner = mlp_case(shape, activation, bias=extras).tensors
     factor = torch.tensor([0.0, 2.0, 1.25])[: shape[0]]
     return Case(
         op=partial(ops.norm_mlp, recompute=recompute, activation=activation),
@@ -98,13 +100,14 @@ def linear_residual_case(shape: tuple[int, ...], extras: bool = True) -> Case:
 def linear_case(shape: tuple[int, ...]) -> Case:
     tensors = linear_residual_case(shape).tensors
     return Case(
-        op=lambda x, weight, bias, backend: ops.linear(x, weight, bias),
+        op=ops.linear,
         ref=functional.linear,
         tensors={n: tensors[n] for n in ("x", "weight", "bias")},
     )
 
 
 UNITS: dict[str, Callable[..., Case]] = {
+    "linear": linear_case,
     "mlp": mlp_case,
     "norm_linear": norm_linear_case,
     "linear_residual": linear_residual_case,
@@ -115,19 +118,27 @@ UNITS: dict[str, Callable[..., Case]] = {
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("op", UNITS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PRODUCT_BACKENDS)
 def test_parity(backend: str, op: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     check_parity(UNITS[op](shape), op, backend, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_tanh_gelu(backend: str, dtype: torch.dtype) -> None:
-    check_parity(mlp_case((2, 5, 24), "gelu_tanh"), "mlp", backend, dtype)
-    check_parity(norm_mlp_case((2, 5, 24), activation="gelu_tanh"), "norm_mlp", backend, dtype)
+@pytest.mark.parametrize("activation", ["gelu_tanh", "quick_gelu", "swiglu"])
+@pytest.mark.parametrize("backend", PRODUCT_BACKENDS)
+def test_activations(backend: str, activation: str, dtype: torch.dtype) -> None:
+    check_parity(mlp_case((2, 5, 24), activation), "mlp", backend, dtype)
+    check_parity(norm_mlp_case((2, 5, 24), activation=activation), "norm_mlp", backend, dtype)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PRODUCT_BACKENDS)
+def test_swiglu_at_other_shapes(backend: str) -> None:
+    for shape in ((1, 1, 8), (3, 17, 40), (0, 4, 16)):
+        check_parity(mlp_case(shape, "swiglu", bias=False), "mlp", backend, torch.float32)
+        check_parity(norm_mlp_case(shape, "none", activation="swiglu"), "norm_mlp", backend, torch.float32)
+
+
+@pytest.mark.parametrize("backend", PRODUCT_BACKENDS)
 def test_without_biases_and_scale(backend: str) -> None:
     check_parity(mlp_case((2, 5, 24), bias=False), "mlp", backend, torch.float32)
     check_parity(norm_linear_case((2, 5, 24), bias=False), "norm_linear", backend, torch.float32)
@@ -136,7 +147,7 @@ def test_without_biases_and_scale(backend: str) -> None:
 
 
 @pytest.mark.parametrize("op", UNITS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PRODUCT_BACKENDS)
 def test_noncontiguous(backend: str, op: str) -> None:
     """Permuted activations and transposed weights."""
     case = UNITS[op]((3, 7, 24))
@@ -147,28 +158,26 @@ def test_noncontiguous(backend: str, op: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_linear(dtype: torch.dtype) -> None:
-    check_parity(linear_case((2, 5, 24)), "mlp", "torch", dtype)
-    check_gradients(linear_case((2, 3, 4)))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("backend", ["torch", "cpu", "triton_fused"])
 def test_inference_takes_the_fused_path(backend: str, dtype: torch.dtype) -> None:
     """Without gradients nothing is kept and the activation rides on the product: the result is as good."""
-    for op, case in (("mlp", mlp_case((2, 17, 64))), ("norm_mlp", norm_mlp_case((2, 17, 64), extras=False))):
+    cases = [("norm_mlp", norm_mlp_case((2, 17, 64), extras=False))]
+    cases += [("mlp", mlp_case((2, 17, 64), activation)) for activation in ("gelu", "quick_gelu", "swiglu")]
+    for op, case in cases:
         with torch.no_grad():
             check_parity(case, op, backend, dtype)
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpu", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "cpu", "triton", "triton_fused"])
 @pytest.mark.parametrize("extras", [True, False])
 def test_recompute_gives_the_same_bits(backend: str, extras: bool) -> None:
     from op_checks import _results, skip_unless_available
 
-    for op, make in (("norm_mlp", norm_mlp_case), ("norm_linear", norm_linear_case)):
+    ops_and_cases = [("norm_mlp", norm_mlp_case), ("norm_linear", norm_linear_case)]
+    ops_and_cases.append(("norm_mlp", partial(norm_mlp_case, activation="swiglu")))
+    for op, make in ops_and_cases:
         skip_unless_available(op, backend)
-        dtype = torch.float32 if backend == "triton" else torch.bfloat16
+        dtype = torch.float32 if backend.startswith("triton") else torch.bfloat16
         runs = []
         for recompute in ("none", "fused", "mlp"):
             case = make((3, 17, 40), recompute, extras)
@@ -182,8 +191,15 @@ def test_recompute_gives_the_same_bits(backend: str, extras: bool) -> None:
 def test_what_is_kept_for_backward() -> None:
     """Elements kept beside the inputs: h for "fused", nothing of that size for "mlp", normed, h and act for "none"."""
     T, D, F = 51, 40, 88
-    for recompute, large in (("none", D + 2 * F), ("fused", F), ("mlp", 0)):
-        case = norm_mlp_case((3, 17, D), recompute)
+    for recompute, activation, large in (
+        ("none", "gelu", D + 2 * F),
+        ("fused", "gelu", F),
+        ("mlp", "gelu", 0),
+        ("none", "swiglu", D + 3 * F),
+        ("fused", "swiglu", 2 * F),
+        ("mlp", "swiglu", 0),
+    ):
+        case = norm_mlp_case((3, 17, D), recompute, activation=activation)
         inputs = case.inputs(torch.float32, "cpu")
         known = {t.data_ptr() for t in inputs.values() if t is not None}
         kept: list[int] = []
@@ -240,8 +256,13 @@ def test_compiles(backend: str, op: str) -> None:
     check_compiles(UNITS[op]((2, 5, 24)), op, backend)
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_swiglu_compiles(backend: str) -> None:
+    check_compiles(norm_mlp_case((2, 5, 24), activation="swiglu"), "norm_mlp", backend)
+
+
 @pytest.mark.parametrize("op", UNITS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PRODUCT_BACKENDS)
 def test_repeatable(backend: str, op: str) -> None:
     check_repeatable(UNITS[op]((2, 9, 24)), op, backend)
 
@@ -251,28 +272,41 @@ def test_gradcheck(op: str) -> None:
     check_gradients(UNITS[op]((2, 3, 4)))
 
 
+@pytest.mark.parametrize("activation", ["quick_gelu", "swiglu"])
+def test_gradcheck_of_activations(activation: str) -> None:
+    check_gradients(mlp_case((2, 3, 4), activation))
+    check_gradients(norm_mlp_case((2, 3, 4), activation=activation))
+
+
 def test_opcheck() -> None:
     def tensors(case: Case) -> list[Tensor | None]:
         return list(case.inputs(torch.float32, "cpu").values())
 
     library = torch.ops.vitfast
     f32 = torch.float32
-    torch.library.opcheck(library.linear.default, (*tensors(linear_case((2, 3, 8))), f32))
+    torch.library.opcheck(library.linear.default, (*tensors(linear_case((2, 3, 8))), f32, "torch"))
     torch.library.opcheck(library.mlp.default, (*tensors(mlp_case((2, 3, 8))), "gelu", f32, "fused", "torch"))
     torch.library.opcheck(
         library.norm_linear.default, (*tensors(norm_linear_case((2, 3, 8))), 1e-6, f32, "fused", "torch")
     )
     torch.library.opcheck(library.linear_residual.default, (*tensors(linear_residual_case((2, 3, 8))), f32, "torch"))
-    for policy in ("none", "fused", "mlp"):
-        torch.library.opcheck(
-            library.norm_mlp.default, (*tensors(norm_mlp_case((2, 3, 8))), 1e-6, "gelu", f32, policy, "torch")
-        )
+    swiglu = mlp_case((2, 3, 8), "swiglu")
+    torch.library.opcheck(library.mlp.default, (*tensors(swiglu), "swiglu", f32, "fused", "torch"))
+    for policy, activation in (("none", "gelu"), ("fused", "quick_gelu"), ("mlp", "gelu"), ("none", "swiglu")):
+        case = norm_mlp_case((2, 3, 8), activation=activation)
+        torch.library.opcheck(library.norm_mlp.default, (*tensors(case), 1e-6, activation, f32, policy, "torch"))
 
 
 @pytest.mark.parametrize(
     ("op", "change", "message"),
     [
-        ("mlp", {"activation": "relu"}, "activation is 'relu'; allowed are 'gelu', 'gelu_tanh'"),
+        (
+            "mlp",
+            {"activation": "relu"},
+            "activation is 'relu'; allowed are 'gelu', 'gelu_tanh', 'quick_gelu', 'swiglu'",
+        ),
+        ("mlp", {"activation": "swiglu", "fc1_weight": torch.ones(7, 8), "fc1_bias": None}, "fc1_weight has 7 rows"),
+        ("norm_mlp", {"activation": "swiglu"}, r"fc2_weight has shape \(8, 24\); allowed: \(outputs, 12\)"),
         ("mlp", {"fc1_weight": torch.ones(4, 7)}, r"fc1_weight has shape \(4, 7\); allowed: \(outputs, 8\)"),
         ("mlp", {"fc2_bias": torch.ones(3)}, "fc2_bias has shape"),
         ("norm_mlp", {"recompute": "all"}, "recompute is 'all'"),
@@ -293,3 +327,13 @@ def test_second_derivative_is_refused() -> None:
     (grad,) = torch.autograd.grad(ops.mlp(**tensors).sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="second derivatives"):
         grad.sum().backward()
+
+
+def test_products_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU whose oneDNN has no bf16, or in a PyTorch without it."""
+    from vitfast.ops import products
+
+    monkeypatch.setattr(products, "_onednn_has", lambda dtype: False)
+    for name, make in UNITS.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            check_parity(make((2, 5, 24)), name, "torch", dtype)

@@ -5,6 +5,8 @@
 
 #include <atomic>
 
+#include "forward.h"
+
 #define VITFAST_KERNEL "attention_forward_kernel.h"
 #include "for_each_isa.h"
 
@@ -129,6 +131,8 @@ void run_forward(const AttentionForward<Y>& args, const AttentionShape& shape) {
     });
 }
 
+}  // namespace
+
 // out[T, H, E] = softmax(scale * Q K^T + bias) V for every sequence and head; lse[H, T] = log(sum(exp(logits))).
 // padding[S, L] is true for keys that no query sees.
 void attention_forward(Tensor qkv, double scale, OptionalTensor bias, OptionalTensor padding, OptionalTensor cos,
@@ -155,7 +159,6 @@ void attention_forward(Tensor qkv, double scale, OptionalTensor bias, OptionalTe
     }
 }
 
-}  // namespace
 }  // namespace vitfast
 
 STABLE_TORCH_LIBRARY_IMPL(vitfast_C, CPU, m) { m.impl("attention_forward", TORCH_BOX(&vitfast::attention_forward)); }

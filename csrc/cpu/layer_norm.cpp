@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "check.h"
+#include "forward.h"
 #include "reduce.h"
 
 // Shapes: T rows, D width, B samples (T % B == 0, T // B rows each). X: residual dtype, Y: compute dtype.
@@ -82,6 +83,8 @@ int64_t rows_per_sample(const OptionalTensor& drop_path, int64_t rows) {
 
 int64_t grain(int64_t width) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(width, 1)); }
 
+}  // namespace
+
 void layer_norm_forward(Tensor x, OptionalTensor branch, OptionalTensor scale, OptionalTensor drop_path, Tensor weight,
                         Tensor bias, double eps, OptionalTensor total, Tensor normed, Tensor mean, Tensor rstd) {
     with_dtypes("x", x, "normed", normed, [&](auto x_type, auto y_type) {
@@ -116,6 +119,8 @@ void layer_norm_forward(Tensor x, OptionalTensor branch, OptionalTensor scale, O
         });
     });
 }
+
+namespace {
 
 void scale_add_forward(Tensor residual, Tensor branch, OptionalTensor scale, OptionalTensor drop_path, Tensor total) {
     with_dtypes("residual", residual, "branch", branch, [&](auto x_type, auto y_type) {

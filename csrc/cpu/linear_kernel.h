@@ -60,6 +60,7 @@ void finish_rows(const Product<X, Y>& a, const float* sums, int64_t row, int64_t
             return finish_rows<Gelu<std::is_same_v<Y, bf16>>>(a, sums, row, rows, first, count);
         }
         if (a.finish == Finish::kGeluTanh) return finish_rows<GeluTanh>(a, sums, row, rows, first, count);
+        if (a.finish == Finish::kQuickGelu) return finish_rows<Silu<true>>(a, sums, row, rows, first, count);
     }
     finish_rows<void>(a, sums, row, rows, first, count);
 }

@@ -69,26 +69,48 @@ struct Gelu {
     }
 };
 
+// sigmoid(y) and sigmoid(-y), each with the relative error of exp2.
+VITFAST_INLINE Vec sigmoid(Vec y, Vec* one_minus) {
+    const Vec e = exp2((y < 0.0f ? y : -y) * kLog2E);  // in (0, 1]
+    const Vec large = 1.0f / (1.0f + e), small = e * large;
+    *one_minus = y < 0.0f ? large : small;
+    return y < 0.0f ? small : large;
+}
+
 // The tanh approximation: x * (1 + tanh(u)) / 2 = x * sigmoid(2u), u = sqrt(2/pi) * (x + 0.044715 x^3).
 struct GeluTanh {
-    static VITFAST_INLINE_MEMBER Vec sigmoid_2u(Vec x, Vec* one_minus) {
-        const Vec twice_u = x * fma(x * x, broadcast(0.07135481627f), broadcast(1.595769121605731f));
-        const Vec e = exp2((twice_u < 0.0f ? twice_u : -twice_u) * kLog2E);  // in (0, 1]
-        const Vec large = 1.0f / (1.0f + e), small = e * large;
-        *one_minus = twice_u < 0.0f ? large : small;
-        return twice_u < 0.0f ? small : large;
+    static VITFAST_INLINE_MEMBER Vec twice_u(Vec x) {
+        return x * fma(x * x, broadcast(0.07135481627f), broadcast(1.595769121605731f));
     }
 
     static VITFAST_INLINE_MEMBER Vec value(Vec x) {
         Vec one_minus;
-        return x * sigmoid_2u(x, &one_minus);
+        return x * sigmoid(twice_u(x), &one_minus);
     }
 
     static VITFAST_INLINE_MEMBER void value_and_slope(Vec x, Vec* value, Vec* slope) {
         Vec one_minus;
-        const Vec s = sigmoid_2u(x, &one_minus);
+        const Vec s = sigmoid(twice_u(x), &one_minus);
         const Vec twice_du = fma(x * x, broadcast(0.2140644488f), broadcast(1.595769121605731f));
         *value = x * s;
         *slope = fma(x * s, one_minus * twice_du, s);
+    }
+};
+
+// x * sigmoid(b x): SiLU (Elfwing et al., 2017) for b = 1, and for b = 1.702 the quick GELU of CLIP.
+template <bool kQuick>
+struct Silu {
+    static constexpr float kFactor = kQuick ? 1.702f : 1.0f;
+
+    static VITFAST_INLINE_MEMBER Vec value(Vec x) {
+        Vec one_minus;
+        return x * sigmoid(x * kFactor, &one_minus);
+    }
+
+    static VITFAST_INLINE_MEMBER void value_and_slope(Vec x, Vec* value, Vec* slope) {
+        Vec one_minus;
+        const Vec s = sigmoid(x * kFactor, &one_minus);
+        *value = x * s;
+        *slope = fma(x * s, one_minus * kFactor, s);
     }
 };

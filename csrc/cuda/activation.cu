@@ -9,12 +9,20 @@ namespace vitfast::cuda {
 
 namespace {
 
-// Calls run with std::integral_constant<Gelu, kind>.
+// Calls run with std::integral_constant<Activation, kind>.
 template <typename Run>
 void with_kind(const std::string& kind, const Run& run) {
-    if (kind == "gelu") return run(std::integral_constant<Gelu, Gelu::kErf>{});
-    if (kind == "gelu_tanh") return run(std::integral_constant<Gelu, Gelu::kTanh>{});
-    fail("kind is '", kind, "'; allowed: 'gelu', 'gelu_tanh'");
+    if (kind == "gelu") return run(std::integral_constant<Activation, Activation::kGelu>{});
+    if (kind == "gelu_tanh") return run(std::integral_constant<Activation, Activation::kGeluTanh>{});
+    if (kind == "quick_gelu") return run(std::integral_constant<Activation, Activation::kQuickGelu>{});
+    if (kind == "swiglu") return run(std::integral_constant<Activation, Activation::kSwiGlu>{});
+    fail("kind is '", kind, "'; allowed: 'gelu', 'gelu_tanh', 'quick_gelu', 'swiglu'");
+}
+
+// F for h[T, H].
+int activated_width(Activation kind, const Tensor& h) {
+    if (h.size(1) % halves_of(kind) != 0) fail("h has ", h.size(1), " columns; swiglu needs an even number");
+    return checked_width("h", h.size(1), kMostColumns) / halves_of(kind);
 }
 
 }  // namespace
@@ -24,10 +32,11 @@ void activation_forward(Tensor h, std::string kind, Tensor out) {
         using Y = decltype(y_type);
         const Arguments arguments("h", h);
         arguments.check("h", h, {h.scalar_type()}, {-1, -1});
-        arguments.check("out", out, {h.scalar_type()}, {h.size(0), h.size(1)});
-        Launcher launcher(h);
-        with_kind(kind, [&](auto gelu) {
-            run_activation_forward<Y, gelu.value>(data<Y>(h), mutable_data<Y>(out), h.numel(), launcher);
+        with_kind(kind, [&](auto activation) {
+            const int width = activated_width(activation.value, h);
+            arguments.check("out", out, {h.scalar_type()}, {h.size(0), width});
+            Launcher launcher(h);
+            run_activation_forward<Y, activation.value>(data<Y>(h), mutable_data<Y>(out), h.size(0), width, launcher);
         });
     });
 }
@@ -38,19 +47,19 @@ void activation_backward(Tensor h, Tensor d_act, std::string kind, Tensor d_h, O
         using Y = decltype(y_type);
         const Arguments arguments("h", h);
         arguments.check("h", h, {h.scalar_type()}, {-1, -1});
-        const int64_t rows = h.size(0);
-        const int width = checked_width("h", h.size(1), kMostColumns);
-        arguments.check("d_act", d_act, {h.scalar_type()}, {rows, width});
-        arguments.check("d_h", d_h, {h.scalar_type()}, {rows, width});
-        arguments.check("act", act, {h.scalar_type()}, {rows, width});
-        arguments.check("d_bias", d_bias, {ScalarType::Float}, {width});
-        Launcher launcher(h);
-        with_kind(kind, [&](auto gelu) {
+        const int64_t rows = h.size(0), columns = h.size(1);
+        with_kind(kind, [&](auto activation) {
+            const int width = activated_width(activation.value, h);
+            arguments.check("d_act", d_act, {h.scalar_type()}, {rows, width});
+            arguments.check("d_h", d_h, {h.scalar_type()}, {rows, columns});
+            arguments.check("act", act, {h.scalar_type()}, {rows, width});
+            arguments.check("d_bias", d_bias, {ScalarType::Float}, {columns});
             if (width == 0) return;
+            Launcher launcher(h);
             OptionalTensor partial;
             if (d_bias.has_value()) {
                 partial = torch::stable::new_empty(
-                    *d_bias, {activation_workspace_size<Y>(rows, width, launcher.multiprocessors())});
+                    *d_bias, {activation_workspace_size<Y>(activation.value, rows, width, launcher.multiprocessors())});
             }
             const ActivationBackwardArgs<Y> args{data<Y>(h),
                                                  data<Y>(d_act),
@@ -60,7 +69,7 @@ void activation_backward(Tensor h, Tensor d_act, std::string kind, Tensor d_h, O
                                                  mutable_data<float>(partial),
                                                  rows,
                                                  width};
-            run_activation_backward<Y, gelu.value>(args, launcher);
+            run_activation_backward<Y, activation.value>(args, launcher);
         });
     });
 }

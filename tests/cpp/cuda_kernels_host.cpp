@@ -47,6 +47,21 @@ T* pointer(const int64_t* addresses, int i) {
     return reinterpret_cast<T*>(addresses[i]);
 }
 
+template <typename Run>
+void with_kind(int kind, const Run& run) {
+    switch (kind) {
+        case 0:
+            return run(std::integral_constant<Activation, Activation::kGelu>{});
+        case 1:
+            return run(std::integral_constant<Activation, Activation::kGeluTanh>{});
+        case 2:
+            return run(std::integral_constant<Activation, Activation::kQuickGelu>{});
+        case 3:
+            return run(std::integral_constant<Activation, Activation::kSwiGlu>{});
+    }
+    throw std::runtime_error("kind");
+}
+
 const float* floats(const int64_t* addresses, int i) { return pointer<float>(addresses, i); }
 
 }  // namespace
@@ -111,22 +126,24 @@ const char* layer_norm_backward(int x_dtype, int y_dtype, const int64_t* a, int6
 }
 
 // h, out
-const char* activation_forward(int dtype, const int64_t* a, int tanh, int64_t count) {
+const char* activation_forward(int dtype, const int64_t* a, int kind, int64_t rows, int width) {
     return guarded([&] {
         with_dtype(dtype, [&](auto y) {
             using Y = decltype(y);
-            tanh ? run_activation_forward<Y, Gelu::kTanh>(pointer<Y>(a, 0), pointer<Y>(a, 1), count, launcher)
-                 : run_activation_forward<Y, Gelu::kErf>(pointer<Y>(a, 0), pointer<Y>(a, 1), count, launcher);
+            with_kind(kind, [&](auto activation) {
+                run_activation_forward<Y, activation.value>(pointer<Y>(a, 0), pointer<Y>(a, 1), rows, width, launcher);
+            });
         });
     });
 }
 
 // h, d_act, d_h, act, d_bias
-const char* activation_backward(int dtype, const int64_t* a, int tanh, int64_t rows, int width) {
+const char* activation_backward(int dtype, const int64_t* a, int kind, int64_t rows, int width) {
     return guarded([&] {
         with_dtype(dtype, [&](auto y) {
             using Y = decltype(y);
-            std::vector<float> partial(activation_workspace_size<Y>(rows, width, launcher.processors), NAN);
+            const auto size = activation_workspace_size<Y>(Activation(kind), rows, width, launcher.processors);
+            std::vector<float> partial(size, NAN);
             const ActivationBackwardArgs<Y> args{pointer<Y>(a, 0),
                                                  pointer<Y>(a, 1),
                                                  pointer<Y>(a, 2),
@@ -135,8 +152,7 @@ const char* activation_backward(int dtype, const int64_t* a, int tanh, int64_t r
                                                  partial.data(),
                                                  rows,
                                                  width};
-            tanh ? run_activation_backward<Y, Gelu::kTanh>(args, launcher)
-                 : run_activation_backward<Y, Gelu::kErf>(args, launcher);
+            with_kind(kind, [&](auto activation) { run_activation_backward<Y, activation.value>(args, launcher); });
         });
     });
 }

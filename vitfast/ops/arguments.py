@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 
 # What an op keeps for backward, most first. "inference" keeps nothing at all: no gradient is wanted.
 POLICIES = ("none", "fused", "mlp")
-ACTIVATIONS = ("gelu", "gelu_tanh")
+POINTWISE = ("gelu", "gelu_tanh", "quick_gelu")  # as wide as what they are applied to
+ACTIVATIONS = (*POINTWISE, "swiglu")  # "swiglu" halves the width: silu(first half) * second half
 
 
 def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -32,6 +34,27 @@ def check_activation(activation: str) -> None:
     """Raise ValueError unless ``activation`` is one the ops know."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; allowed are {', '.join(map(repr, ACTIVATIONS))}")
+
+
+def activated_width(width: int, activation: str) -> int:
+    """Columns of act(h) for h of ``width`` columns."""
+    return width // 2 if activation == "swiglu" else width
+
+
+def check_mlp(
+    activation: str,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    inputs: int,
+) -> None:
+    """Raise ValueError unless the two layers fit each other, ``inputs`` and the activation between them."""
+    check_activation(activation)
+    check_linear("fc1_", fc1_weight, fc1_bias, inputs)
+    if activation == "swiglu" and fc1_weight.shape[0] % 2:
+        raise ValueError(f"fc1_weight has {fc1_weight.shape[0]} rows; swiglu needs an even number, gate and up")
+    check_linear("fc2_", fc2_weight, fc2_bias, activated_width(fc1_weight.shape[0], activation))
 
 
 def check_shape(name: str, x: Tensor | None, *allowed: Sequence[int]) -> None:
@@ -70,7 +93,7 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
 
 def fake_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """The shapes of a LayerNorm's mean and rstd, one number for each row of x [..., D]."""
-    mean = x.new_empty(x.shape[:-1].numel(), dtype=statistics_dtype(x))
+    mean = x.new_empty(math.prod(x.shape[:-1]), dtype=statistics_dtype(x))
     return mean, torch.empty_like(mean)
 
 

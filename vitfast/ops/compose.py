@@ -1,6 +1,7 @@
 """Pieces that several ops are composed of: the two products of an MLP, and a projection added to the residual stream.
 
-Legend: T rows, D width, F hidden width, I inputs, O outputs; ``X`` dtype of the residual stream, ``Y`` of the products.
+Legend: T rows, D width, F hidden width, H = F, or 2F where "swiglu" has a gate beside each, I inputs, O outputs; ``X`` dtype of
+the residual stream, ``Y`` of the products.
 """
 
 from __future__ import annotations
@@ -9,9 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from .arguments import nothing
-from .products import input_grad, linear, linear_activation, linear_add, weight_grad
+from torch.nn import functional as nn_functional
 
 
 def add_branch_ref(residual: Tensor, branch: Tensor, scale: Tensor | None, drop_path: Tensor | None) -> Tensor:
@@ -23,33 +22,14 @@ def add_branch_ref(residual: Tensor, branch: Tensor, scale: Tensor | None, drop_
     return residual + branch
 
 
-def hidden_forward(
-    kernels: Any, x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None, activation: str, policy: str
-) -> tuple[Tensor, Tensor]:
-    """(act(x W^T + b) [T, F], the sum before it [T, F] or empty for "inference")."""
-    if policy == "inference":
-        fused = linear_activation(x_TD, weight_FD, bias_F, activation)
-        if fused is not None:
-            return fused, nothing(x_TD)
-    h_TF = linear(x_TD, weight_FD, bias_F)
-    return kernels.activation_forward(h_TF, activation), h_TF
-
-
-def project_add_forward(
-    kernels: Any,
-    residual_TO: Tensor,
-    x_TI: Tensor,
-    weight_OI: Tensor,
-    bias_O: Tensor | None,
-    scale_O: Tensor | None,
-    drop_path_B: Tensor | None,
-) -> Tensor:
-    """residual + drop_path * scale * (x W^T + b) -> [T, O] in X."""
-    if scale_O is None and drop_path_B is None:
-        total = linear_add(x_TI, weight_OI, bias_O, residual_TO)
-        if total is not None:
-            return total
-    return kernels.scale_add(residual_TO, linear(x_TI, weight_OI, bias_O), scale_O, drop_path_B)
+def activation_ref(h: Tensor, activation: str) -> Tensor:
+    """act(h) in plain PyTorch, [..., F], or [..., 2F] -> [..., F] for "swiglu"; part of several references."""
+    if activation == "swiglu":
+        gate, up = h.chunk(2, dim=-1)
+        return nn_functional.silu(gate) * up
+    if activation == "quick_gelu":
+        return h * torch.sigmoid(1.702 * h)
+    return nn_functional.gelu(h, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 def branch_grads(
@@ -67,6 +47,7 @@ def branch_grads(
 
 
 def project_weight_grads(
+    kernels: Any,
     dropped_TO: Tensor,
     branch_TO: Tensor,
     x_TI: Tensor,
@@ -82,10 +63,10 @@ def project_weight_grads(
     """
     want_weight, want_bias, want_scale = wanted
     if scale_O is None:
-        d_weight = weight_grad(branch_TO, x_TI) if want_weight else None
+        d_weight = kernels.weight_grad(branch_TO, x_TI) if want_weight else None
         return d_weight, column_sum(branch_TO) if want_bias else None, None
     sums_O = column_sum(dropped_TO) if want_bias or want_scale else None
-    product_OI = weight_grad(dropped_TO, x_TI) if want_weight or want_scale else None
+    product_OI = kernels.weight_grad(dropped_TO, x_TI) if want_weight or want_scale else None
     d_scale = None
     if want_scale and product_OI is not None and sums_O is not None:
         d_scale = (product_OI.to(sums_O.dtype) * weight_OI.to(sums_O.dtype)).sum(1)
@@ -98,18 +79,25 @@ def project_weight_grads(
 
 def hidden_grads(
     kernels: Any,
-    d_act_TF: Tensor,
-    h_TF: Tensor,
+    d_out_TO: Tensor,
+    weight_OF: Tensor,
+    h_TH: Tensor,
     act_TF: Tensor | None,
     x_TD: Tensor,
-    weight_FD: Tensor,
+    weight_HD: Tensor,
     activation: str,
     wanted: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(d_x [T, D], act(h) [T, F], d_weight [F, D], d_bias [F]); the last two None where not wanted."""
-    d_h, act, d_bias = kernels.activation_backward(h_TF, d_act_TF, activation, act_TF is None)
-    d_weight = weight_grad(d_h, x_TD) if wanted[0] else None
-    return input_grad(d_h, weight_FD), act if act_TF is None else act_TF, d_weight, d_bias if wanted[1] else None
+    """From the gradient of out = act(h) weight_OF^T and h = x weight_HD^T + b: (d_x [T, D], act(h) [T, F],
+    d_weight [H, D], d_bias [H]); the last two None where not wanted."""
+    d_h, act, d_bias = kernels.hidden_backward(d_out_TO, weight_OF, h_TH, activation, act_TF is None)
+    d_weight = kernels.weight_grad(d_h, x_TD) if wanted[0] else None
+    return (
+        kernels.input_grad(d_h, weight_HD),
+        act if act_TF is None else act_TF,
+        d_weight,
+        d_bias if wanted[1] else None,
+    )
 
 
 def column_sum(x_TO: Tensor) -> Tensor:

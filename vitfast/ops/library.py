@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+_ORDINARY = (torch.Tensor, torch.nn.Parameter)
 LIBRARY = torch.library.Library("vitfast", "DEF")
 
 
@@ -22,8 +23,11 @@ def register(
     *,
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
-) -> torch._ops.OpOverload:
-    """Define one op from its schema and return it.
+) -> Callable[..., Any]:
+    """Define one op from its schema and return how to call it.
+
+    Without gradients, ordinary tensors and with nothing that watches PyTorch's dispatcher, the call is ``run`` itself: the
+    way through the dispatcher to Python takes longer than some kernels.
 
     Args:
         schema: ``"name(Tensor x, ...) -> Tensor"``.
@@ -39,7 +43,23 @@ def register(
     torch.library.register_autograd(
         f"vitfast::{name}", backward or _no_second_derivative(name), setup_context=setup_context, lib=LIBRARY
     )
-    return getattr(torch.ops.vitfast, name).default
+    op = getattr(torch.ops.vitfast, name).default
+
+    def call(*args: Any) -> Any:
+        return run(*args) if _unwatched(args) else op(*args)
+
+    return call
+
+
+def _unwatched(args: tuple[Any, ...]) -> bool:
+    """Whether only the kernels could tell that the op was not dispatched."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    if torch.autograd._profiler_enabled() or torch._C._get_tracing_state() is not None:
+        return False
+    return all(type(a) in _ORDINARY for a in args if isinstance(a, torch.Tensor))
 
 
 def _no_second_derivative(name: str) -> Callable[..., Any]:

@@ -22,12 +22,11 @@ from .arguments import (
     rows,
     wanted_only,
 )
-from .compose import add_branch_ref, branch_grads, project_add_forward, project_weight_grads
-from .dispatch import TABLE, choose, standard_backends
+from .compose import add_branch_ref, branch_grads, project_weight_grads
+from .dispatch import FORCED, TABLE, choose, standard_backends
 from .library import register
-from .products import input_grad
 
-TABLE["linear_residual"] = standard_backends("cpu", "triton", "cuda", "torch")
+TABLE["linear_residual"] = standard_backends("cpu", "triton", "cuda", "torch", *FORCED)
 
 
 def linear_residual_ref(
@@ -54,8 +53,8 @@ def _forward(
     backend: str,
 ) -> Tensor:
     kernels = choose("linear_residual", residual, backend, dtype)
-    total = project_add_forward(
-        kernels, rows(residual), rows(x, dtype), weight.to(dtype), cast(bias, dtype), scale, drop_path
+    total = kernels.linear_residual(
+        rows(residual), rows(x, dtype), weight.to(dtype), cast(bias, dtype), scale, drop_path
     )
     return total.view(residual.shape)
 
@@ -73,37 +72,39 @@ def _backward(
     drop_path: Tensor | None,
     dtype: torch.dtype,
     wanted: list[bool],
+    backend: str,
 ) -> tuple[Tensor, ...]:
+    kernels = choose("linear_residual", d_out, backend, dtype)
     weight_OI = weight.to(dtype)
     dropped, branch = branch_grads(rows(d_out), scale, drop_path, dtype)
-    d_x = input_grad(branch, weight_OI) if wanted[0] else None
+    d_x = kernels.input_grad(branch, weight_OI) if wanted[0] else None
     d_weight, d_bias, d_scale = project_weight_grads(
-        dropped, branch, rows(x, dtype), weight_OI, bias, scale, (wanted[1], wanted[2], wanted[3])
+        kernels, dropped, branch, rows(x, dtype), weight_OI, bias, scale, (wanted[1], wanted[2], wanted[3])
     )
     return gradients((d_x, d_weight, d_bias, d_scale), (x, weight, bias, scale), wanted, d_out)
 
 
 def _fake_backward(d_out: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *inputs, _drop_path, _dtype, wanted = rest
+    *inputs, _drop_path, _dtype, wanted, _backend = rest
     return fake_gradients(inputs, wanted, d_out)
 
 
 _linear_residual_backward = register(
     "linear_residual_backward(Tensor d_out, Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? drop_path, "
-    "ScalarType dtype, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+    "ScalarType dtype, bool[] wanted, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
 )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, x, weight, bias, scale, drop_path, ctx.dtype, _ = inputs
+    _, x, weight, bias, scale, drop_path, ctx.dtype, ctx.backend = inputs
     ctx.save_for_backward(x, weight, bias, scale, drop_path)
 
 
 def _autograd(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
     wanted = list(ctx.needs_input_grad[1:5])
-    grads = _linear_residual_backward(d_out, *ctx.saved_tensors, ctx.dtype, wanted)
+    grads = _linear_residual_backward(d_out, *ctx.saved_tensors, ctx.dtype, wanted, ctx.backend)
     return d_out, *wanted_only(grads, wanted), None, None, None
 
 

@@ -1,20 +1,20 @@
-"""The transformer's MLP: two linear layers with a GELU between them.
+"""The transformer's MLP: two linear layers with a GELU or SwiGLU between them.
 
-Legend: T = B * L rows, D width, F hidden width.
+Legend: T = B * L rows, D width, F hidden width, H = F, or 2F for SwiGLU.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as nn_functional
+from torch.nn.functional import linear as torch_linear
 
 from .arguments import (
     cast,
-    check_activation,
-    check_linear,
+    check_mlp,
     check_policy,
     fake_gradients,
     gradients,
@@ -22,12 +22,11 @@ from .arguments import (
     rows,
     wanted_only,
 )
-from .compose import column_sum, hidden_forward, hidden_grads
-from .dispatch import TABLE, choose, standard_backends
+from .compose import activation_ref, column_sum, hidden_grads
+from .dispatch import FORCED, TABLE, choose, standard_backends
 from .library import register
-from .products import input_grad, linear, weight_grad
 
-TABLE["mlp"] = standard_backends("cpu", "triton", "cuda", "torch")
+TABLE["mlp"] = standard_backends("cpu", "triton", "cuda", "torch", *FORCED)
 
 
 def mlp_ref(
@@ -40,9 +39,7 @@ def mlp_ref(
     activation: str = "gelu",
 ) -> Tensor:
     """Plain PyTorch; the truth in fp64."""
-    approximate = "tanh" if activation == "gelu_tanh" else "none"
-    hidden = nn_functional.gelu(nn_functional.linear(x, fc1_weight, fc1_bias), approximate=approximate)
-    return nn_functional.linear(hidden, fc2_weight, fc2_bias)
+    return torch_linear(activation_ref(torch_linear(x, fc1_weight, fc1_bias), activation), fc2_weight, fc2_bias)
 
 
 def _forward(
@@ -57,8 +54,10 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     kernels = choose("mlp", x, backend, dtype)
-    act, h = hidden_forward(kernels, rows(x, dtype), fc1_weight.to(dtype), cast(fc1_bias, dtype), activation, policy)
-    out = linear(act, fc2_weight.to(dtype), cast(fc2_bias, dtype))
+    act, h = kernels.linear_activation(
+        rows(x, dtype), fc1_weight.to(dtype), cast(fc1_bias, dtype), activation, policy != "inference"
+    )
+    out = kernels.linear(act, fc2_weight.to(dtype), cast(fc2_bias, dtype))
     return out.view(*x.shape[:-1], fc2_weight.shape[0]), h
 
 
@@ -66,7 +65,7 @@ def _fake_forward(
     x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     *_, dtype, policy, _backend = rest
-    h = x.new_empty((x.shape[:-1].numel(), fc1_weight.shape[0]) if policy != "inference" else (0,), dtype=dtype)
+    h = x.new_empty((math.prod(x.shape[:-1]), fc1_weight.shape[0]) if policy != "inference" else (0,), dtype=dtype)
     return x.new_empty((*x.shape[:-1], fc2_weight.shape[0]), dtype=dtype), h
 
 
@@ -84,15 +83,15 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     dtype, d_TD = d_out.dtype, rows(d_out)
     kernels = choose("mlp", x, backend, dtype)
-    d_act = input_grad(d_TD, fc2_weight.to(dtype))
+    fc1_HD, fc2_DF = fc1_weight.to(dtype), fc2_weight.to(dtype)
     d_x, act, d_fc1_weight, d_fc1_bias = hidden_grads(
-        kernels, d_act, h, None, rows(x, dtype), fc1_weight.to(dtype), activation, (wanted[1], wanted[2])
+        kernels, d_TD, fc2_DF, h, None, rows(x, dtype), fc1_HD, activation, (wanted[1], wanted[2])
     )
     grads = (
         d_x,
         d_fc1_weight,
         d_fc1_bias,
-        weight_grad(d_TD, act) if wanted[3] else None,
+        kernels.weight_grad(d_TD, act) if wanted[3] else None,
         column_sum(d_TD) if wanted[4] else None,
     )
     return gradients(grads, (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias), wanted, d_out)
@@ -146,25 +145,24 @@ def mlp(
     activation: str = "gelu",
     backend: str = "auto",
 ) -> Tensor:
-    """fc2(gelu(fc1(x))) (Vaswani et al. 2017, arXiv:1706.03762, eq. 2, with GELU, arXiv:1606.08415).
+    """fc2(act(fc1(x))) (Vaswani et al. 2017, arXiv:1706.03762, eq. 2, with GELU, arXiv:1606.08415).
 
     Args:
         x: [..., D].
-        fc1_weight, fc1_bias: [F, D] and [F] or None.
+        fc1_weight, fc1_bias: [H, D] and [H] or None; H = F, or 2F for "swiglu", the gate's rows first.
         fc2_weight, fc2_bias: [D, F] and [D] or None.
-        activation: "gelu" (erf) or "gelu_tanh".
+        activation: "gelu" (erf), "gelu_tanh", "quick_gelu" (x * sigmoid(1.702 x), as in CLIP, arXiv:2103.00020) or
+            "swiglu" (silu(gate) * up, Shazeer 2020, arXiv:2002.05202, eq. 6).
         backend: "auto", "cpu", "triton", "cuda" or "torch".
 
     Returns:
-        [..., D] in the weights' dtype, or autocast's. Keeps x and fc1's output for backward, not the GELU's.
+        [..., D] in the weights' dtype, or autocast's. Keeps x and fc1's output for backward, not the activation's.
 
     Raises:
         ValueError: a shape does not fit, or the activation is unknown.
         RuntimeError: the named backend cannot run; the message has every backend's reason.
     """
-    check_activation(activation)
-    check_linear("fc1_", fc1_weight, fc1_bias, x.shape[-1])
-    check_linear("fc2_", fc2_weight, fc2_bias, fc1_weight.shape[0])
+    check_mlp(activation, fc1_weight, fc1_bias, fc2_weight, fc2_bias, x.shape[-1])
     policy = check_policy("fused", x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     dtype = product_dtype(x, fc1_weight)
     return _mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, dtype, policy, backend)[0]

@@ -5,6 +5,7 @@ Legend: T = B * L rows, D width, O outputs; ``X`` dtype of the residual stream, 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -25,11 +26,10 @@ from .arguments import (
     wanted_only,
 )
 from .compose import column_sum
-from .dispatch import TABLE, choose, standard_backends
+from .dispatch import FORCED, TABLE, choose, standard_backends
 from .library import register
-from .products import input_grad, linear, weight_grad
 
-TABLE["norm_linear"] = standard_backends("cpu", "triton", "cuda", "torch")
+TABLE["norm_linear"] = standard_backends("cpu", "triton", "cuda", "torch", *FORCED)
 
 
 def norm_linear_ref(
@@ -53,7 +53,7 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     kernels = choose("norm_linear", x, backend, dtype)
     _, normed, mean, rstd = kernels.layer_norm_forward(rows(x), None, None, None, norm_weight, norm_bias, eps, dtype)
-    out = linear(normed, weight.to(dtype), cast(bias, dtype))
+    out = kernels.linear(normed, weight.to(dtype), cast(bias, dtype))
     return out.view(*x.shape[:-1], weight.shape[0]), mean, rstd, normed if policy == "none" else nothing(normed)
 
 
@@ -62,7 +62,7 @@ def _fake_forward(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Ten
     return (
         x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype),
         *fake_statistics(x),
-        x.new_empty((x.shape[:-1].numel(), x.shape[-1]) if policy == "none" else (0,), dtype=dtype),
+        x.new_empty((math.prod(x.shape[:-1]), x.shape[-1]) if policy == "none" else (0,), dtype=dtype),
     )
 
 
@@ -86,11 +86,11 @@ def _backward(
         normed = kernels.layer_norm_apply(x_TD, mean, rstd, norm_weight, norm_bias, dtype)
     d_x = d_norm_weight = d_norm_bias = None
     if want_x or want_norm_weight or want_norm_bias:
-        d_normed = input_grad(d_TO, weight.to(dtype))
+        d_normed = kernels.input_grad(d_TO, weight.to(dtype))
         d_x, _, _, d_norm_weight, d_norm_bias = kernels.layer_norm_backward(
             d_normed, None, x_TD, mean, rstd, norm_weight
         )
-    d_weight = weight_grad(d_TO, normed) if want_weight else None
+    d_weight = kernels.weight_grad(d_TO, normed) if want_weight else None
     d_bias = column_sum(d_TO) if want_bias else None
     grads = (d_x, d_norm_weight, d_norm_bias, d_weight, d_bias)
     return gradients(grads, (x, norm_weight, norm_bias, weight, bias), wanted, d_out)

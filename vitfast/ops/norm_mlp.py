@@ -1,10 +1,11 @@
-"""LayerNorm, MLP and residual addition as one unit: neither the LayerNorm's nor the GELU's output is kept for backward.
+"""LayerNorm, MLP and residual addition as one unit: neither the LayerNorm's nor the activation's output is kept for backward.
 
-Legend: B samples, T = B * L rows, D width, F hidden width; ``X`` dtype of the residual stream, ``Y`` of the products.
+Legend: B samples, T = B * L rows, D width, F hidden width, H = F, or 2F for SwiGLU; ``X`` dtype of the residual stream, ``Y`` of the products.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,10 +13,10 @@ from torch import Tensor
 from torch.nn import functional as nn_functional
 
 from .arguments import (
+    activated_width,
     cast,
-    check_activation,
     check_drop_path,
-    check_linear,
+    check_mlp,
     check_policy,
     check_shape,
     fake_gradients,
@@ -27,18 +28,16 @@ from .arguments import (
     wanted_only,
 )
 from .compose import (
+    activation_ref,
     add_branch_ref,
     branch_grads,
-    hidden_forward,
     hidden_grads,
-    project_add_forward,
     project_weight_grads,
 )
-from .dispatch import TABLE, choose, standard_backends
+from .dispatch import FORCED, TABLE, choose, standard_backends
 from .library import register
-from .products import input_grad, linear
 
-TABLE["norm_mlp"] = standard_backends("cpu", "triton", "cuda", "torch")
+TABLE["norm_mlp"] = standard_backends("cpu", "triton", "cuda", "torch", *FORCED)
 
 
 def norm_mlp_ref(
@@ -58,8 +57,7 @@ def norm_mlp_ref(
     """Plain PyTorch; the truth in fp64."""
     normed = nn_functional.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
     hidden = nn_functional.linear(normed, fc1_weight, fc1_bias)
-    hidden = nn_functional.gelu(hidden, approximate="tanh" if activation == "gelu_tanh" else "none")
-    branch = nn_functional.linear(hidden, fc2_weight, fc2_bias)
+    branch = nn_functional.linear(activation_ref(hidden, activation), fc2_weight, fc2_bias)
     return add_branch_ref(x, branch, scale, drop_path)
 
 
@@ -81,9 +79,16 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     kernels = choose("norm_mlp", x, backend, dtype)
     x_TD = rows(x)
+    fc1, fc2 = (fc1_weight.to(dtype), cast(fc1_bias, dtype)), (fc2_weight.to(dtype), cast(fc2_bias, dtype))
+    if policy == "inference" and drop_path is None:
+        out = kernels.norm_mlp(x_TD, norm_weight, norm_bias, eps, *fc1, activation, *fc2, scale)
+        return out.view(x.shape), *_nothing_kept(x)
     _, normed, mean, rstd = kernels.layer_norm_forward(x_TD, None, None, None, norm_weight, norm_bias, eps, dtype)
-    act, h = hidden_forward(kernels, normed, fc1_weight.to(dtype), cast(fc1_bias, dtype), activation, policy)
-    out = project_add_forward(kernels, x_TD, act, fc2_weight.to(dtype), cast(fc2_bias, dtype), scale, drop_path)
+    keep = policy != "inference"  # also for "mlp": the activation must see the rounded sum, as it will in backward
+    act, h = kernels.linear_activation(normed, *fc1, activation, keep)
+    out = kernels.linear_residual(x_TD, act, *fc2, scale, drop_path)
+    if policy == "inference":
+        return out.view(x.shape), *_nothing_kept(x)
     return (
         out.view(x.shape),
         mean,
@@ -94,15 +99,22 @@ def _forward(
     )
 
 
+def _nothing_kept(x: Tensor) -> tuple[Tensor, ...]:
+    return tuple(nothing(x) for _ in range(5))
+
+
 def _fake_forward(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, fc1_weight: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    *_, dtype, policy, _backend = rest
-    T, D, F = x.shape[:-1].numel(), x.shape[-1], fc1_weight.shape[0]
+    *_, activation, dtype, policy, _backend = rest
+    T, D, H = math.prod(x.shape[:-1]), x.shape[-1], fc1_weight.shape[0]
+    F = activated_width(H, activation)
+    if policy == "inference":
+        return x.new_empty(x.shape), *_nothing_kept(x)
     return (
         x.new_empty(x.shape),
         *fake_statistics(x),
-        x.new_empty((T, F) if policy in ("none", "fused") else (0,), dtype=dtype),
+        x.new_empty((T, H) if policy in ("none", "fused") else (0,), dtype=dtype),
         x.new_empty((T, D) if policy == "none" else (0,), dtype=dtype),
         x.new_empty((T, F) if policy == "none" else (0,), dtype=dtype),
     )
@@ -131,24 +143,26 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     kernels = choose("norm_mlp", x, backend, dtype)
     x_TD, d_TD = rows(x), rows(d_out)
-    fc1_FD, fc2_DF = fc1_weight.to(dtype), fc2_weight.to(dtype)
+    fc1_HD, fc2_DF = fc1_weight.to(dtype), fc2_weight.to(dtype)
     if normed.numel() == 0:
         normed = kernels.layer_norm_apply(x_TD, mean, rstd, norm_weight, norm_bias, dtype)
     if h.numel() == 0:
-        h = linear(normed, fc1_FD, cast(fc1_bias, dtype))
+        h, again = kernels.linear_again(normed, fc1_HD, cast(fc1_bias, dtype), activation)
+        act = nothing(h) if again is None else again
     dropped, branch = branch_grads(d_TD, scale, drop_path, dtype)
     d_normed, act_TF, d_fc1_weight, d_fc1_bias = hidden_grads(
         kernels,
-        input_grad(branch, fc2_DF),
+        branch,
+        fc2_DF,
         h,
         act if act.numel() else None,
         normed,
-        fc1_FD,
+        fc1_HD,
         activation,
         (wanted[3], wanted[4]),
     )
     d_fc2_weight, d_fc2_bias, d_scale = project_weight_grads(
-        dropped, branch, act_TF, fc2_DF, fc2_bias, scale, (wanted[5], wanted[6], wanted[7])
+        kernels, dropped, branch, act_TF, fc2_DF, fc2_bias, scale, (wanted[5], wanted[6], wanted[7])
     )
     d_x, _, _, d_norm_weight, d_norm_bias = kernels.layer_norm_backward(d_normed, d_TD, x_TD, mean, rstd, norm_weight)
     grads = (d_x, d_norm_weight, d_norm_bias, d_fc1_weight, d_fc1_bias, d_fc2_weight, d_fc2_bias, d_scale)
@@ -228,13 +242,14 @@ def norm_mlp(
     Args:
         x: [B, ..., D] in X.
         norm_weight, norm_bias: [D].
-        fc1_weight, fc1_bias: [F, D] and [F] or None.
+        fc1_weight, fc1_bias: [H, D] and [H] or None; H = F, or 2F for "swiglu", the gate's rows first.
         fc2_weight, fc2_bias: [D, F] and [D] or None.
         eps: added to the variance.
-        activation: "gelu" (erf) or "gelu_tanh".
+        activation: "gelu" (erf), "gelu_tanh", "quick_gelu" (x * sigmoid(1.702 x), as in CLIP, arXiv:2103.00020) or
+            "swiglu" (silu(gate) * up, Shazeer 2020, arXiv:2002.05202, eq. 6).
         scale: LayerScale's factor [D] (arXiv:2103.17239, eq. 4), or None.
         drop_path: one factor for each sample [B], mask / keep probability (arXiv:1603.09382), or None; no gradient.
-        recompute: what backward makes again instead of keeping it: "none" nothing; "fused" the LayerNorm and GELU outputs;
+        recompute: what backward makes again instead of keeping it: "none" nothing; "fused" the LayerNorm and activation outputs;
             "mlp" also fc1's product. Gradients are the same bits under each.
         backend: "auto", "cpu", "triton", "cuda" or "torch".
 
@@ -245,12 +260,10 @@ def norm_mlp(
         ValueError: a shape does not fit, or ``activation`` or ``recompute`` is another word.
         RuntimeError: the named backend cannot run; the message has every backend's reason.
     """
-    check_activation(activation)
     for name, parameter in (("norm_weight", norm_weight), ("norm_bias", norm_bias), ("scale", scale)):
         check_shape(name, parameter, x.shape[-1:])
-    check_linear("fc1_", fc1_weight, fc1_bias, x.shape[-1])
-    check_linear("fc2_", fc2_weight, fc2_bias, fc1_weight.shape[0])
-    check_shape("fc2_weight", fc2_weight, (x.shape[-1], fc1_weight.shape[0]))
+    check_mlp(activation, fc1_weight, fc1_bias, fc2_weight, fc2_bias, x.shape[-1])
+    check_shape("fc2_weight", fc2_weight, (x.shape[-1], fc2_weight.shape[1]))
     check_drop_path(drop_path, x)
     parameters = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale)
     policy = check_policy(recompute, x, *parameters)

@@ -17,7 +17,6 @@ from .arguments import check_shape, fake_gradients, gradients, product_dtype, wa
 from .compose import column_sum
 from .dispatch import TABLE, choose, standard_backends
 from .library import register
-from .products import input_grad, linear, weight_grad
 
 TABLE["patch_embed"] = standard_backends("cpu", "triton", "cuda", "torch")
 
@@ -78,7 +77,7 @@ def _forward(
     B, _, height, width = images.shape
     P = weight.shape[-1]
     patches = kernels.patchify(images, P, *constants, dtype)
-    projected = linear(patches, weight.flatten(1).to(dtype), None)
+    projected = kernels.linear(patches, weight.flatten(1).to(dtype), None)
     N = (height // P) * (width // P)
     return kernels.assemble_tokens(projected, B, N, bias, pos_embed, prefix, out_dtype)
 
@@ -109,10 +108,10 @@ def _backward(
     d_projected = d_tokens[:, R:].reshape(-1, D).to(dtype)
     d_images = d_weight = None
     if wanted[0]:
-        d_patches = input_grad(d_projected, weight.flatten(1).to(dtype))
+        d_patches = kernels.input_grad(d_projected, weight.flatten(1).to(dtype))
         d_images = kernels.unpatchify(d_patches, P, constants[0], tuple(images.shape), images.dtype)
     if wanted[1]:
-        d_weight = weight_grad(d_projected, kernels.patchify(images, P, *constants, dtype))
+        d_weight = kernels.weight_grad(d_projected, kernels.patchify(images, P, *constants, dtype))
     d_positions = column_sum(d_tokens) if wanted[3] or wanted[4] else None  # [R + N, D]
     d_pos_embed = d_prefix = None
     if d_positions is not None and pos_embed is not None:
@@ -212,7 +211,7 @@ def patch_embed(
 
     Returns:
         [B, R + N, D], contiguous. The product is in the weight's dtype, or autocast's; the result in that dtype, or in the
-        position embedding's where it is wider. Keeps the images for backward, not the patches.
+        position embedding's or prefix's where it is wider. Keeps the images for backward, not the patches.
 
     Raises:
         ValueError: a shape, a dtype or the number of means does not fit.
@@ -229,5 +228,8 @@ def patch_embed(
     means, stds = mean or (0.0,) * images.shape[1], std or (1.0,) * images.shape[1]
     scale, shift = [unit / s for s in stds], [-m / s for m, s in zip(means, stds, strict=True)]
     dtype = product_dtype(images, weight)
-    out_dtype = dtype if pos_embed is None else torch.promote_types(dtype, pos_embed.dtype)
+    out_dtype = dtype
+    for added in (pos_embed, prefix):
+        if added is not None:
+            out_dtype = torch.promote_types(out_dtype, added.dtype)
     return _patch_embed(images, weight, bias, pos_embed, prefix, scale, shift, dtype, out_dtype, backend)

@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu
+from torch.nn.functional import gelu, silu
 
+from .halves import BlockHalves
 from .heads import Heads, transform, transform_backward
+from .products import LibraryProducts
+from .quantize import dequantize_rows
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -98,17 +102,33 @@ def layer_norm_backward(
     return d_x.to(total_TD.dtype), d_branch, d_scale, (d_normed * standard).sum(0), d_normed.sum(0)
 
 
-def activation_forward(h_TF: Tensor, kind: str) -> Tensor:
-    """act(h) -> [T, F]."""
-    return gelu(h_TF, approximate="tanh" if kind == "gelu_tanh" else "none")
+QUICK = 1.702  # quick_gelu(x) = silu(QUICK * x) / QUICK = x * sigmoid(QUICK * x)
+
+
+def activation_forward(h_TH: Tensor, kind: str) -> Tensor:
+    """act(h) -> [T, F]; H = F, or 2F for "swiglu", the gate's columns first."""
+    if kind == "swiglu":
+        gate, up = _wide(h_TH).chunk(2, 1)
+        return (silu(gate) * up).to(h_TH.dtype)
+    if kind == "quick_gelu":
+        wide = _wide(h_TH)
+        return (wide * torch.sigmoid(QUICK * wide)).to(h_TH.dtype)
+    return gelu(h_TH, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
 def activation_backward(
-    h_TF: Tensor, d_act_TF: Tensor, kind: str, want_act: bool
+    h_TH: Tensor, d_act_TF: Tensor, kind: str, want_act: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(d_h [T, F], act(h) [T, F] or None, column sums of d_h [F])."""
-    d_h = torch.ops.aten.gelu_backward(d_act_TF, h_TF, approximate="tanh" if kind == "gelu_tanh" else "none")
-    return d_h, activation_forward(h_TF, kind) if want_act else None, _wide(d_h).sum(0)
+    """(d_h [T, H], act(h) [T, F] or None, column sums of d_h [H])."""
+    if kind == "swiglu":
+        gate, up = _wide(h_TH).chunk(2, 1)
+        d_act = _wide(d_act_TF)
+        d_h = torch.cat([torch.ops.aten.silu_backward(d_act * up, gate), d_act * silu(gate)], 1).to(h_TH.dtype)
+    elif kind == "quick_gelu":
+        d_h = torch.ops.aten.silu_backward(_wide(d_act_TF), QUICK * _wide(h_TH)).to(h_TH.dtype)
+    else:
+        d_h = torch.ops.aten.gelu_backward(d_act_TF, h_TH, approximate="tanh" if kind == "gelu_tanh" else "none")
+    return d_h, activation_forward(h_TH, kind) if want_act else None, _wide(d_h).sum(0)
 
 
 def _sequences(qkv: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
@@ -243,3 +263,37 @@ def assemble_tokens(
     if pos_embed is not None and with_prefix:
         tokens = tokens + _wide(pos_embed)
     return tokens.to(dtype)
+
+
+def int8_linear(
+    x_TI: Tensor,
+    norm_weight_I: Tensor | None,
+    norm_bias_I: Tensor | None,
+    eps: float,
+    weight_OI: Tensor,
+    bias_O: Tensor | None,
+    activation: str,
+    residual_TO: Tensor | None,
+    scale_O: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """act(y) or residual + scale * y, y the product of rows and weight rounded to their levels -> [T, O] ``dtype``."""
+    if norm_weight_I is not None and norm_bias_I is not None:
+        wide = torch.float64 if x_TI.dtype == torch.float64 else torch.float32  # not rounded before its levels
+        _, x_TI, _, _ = layer_norm_forward(x_TI, None, None, None, norm_weight_I, norm_bias_I, eps, wide)
+    y = dequantize_rows(x_TI) @ dequantize_rows(weight_OI).to(_wide(x_TI).dtype).t()
+    if bias_O is not None:
+        y = y + bias_O
+    if activation != "none":
+        y = activation_forward(y, activation)
+    return y.to(dtype) if residual_TO is None else scale_add(residual_TO, y, scale_O, None)
+
+
+class _PlainKernels(LibraryProducts, BlockHalves):
+    """The functions above and the library's products as one object, as the ops call a backend's primitives."""
+
+    def __getattr__(self, name: str) -> Any:
+        return globals()[name]
+
+
+KERNELS = _PlainKernels()

@@ -7,21 +7,22 @@ Raw kernels write into outputs that are allocated here, and take contiguous inpu
 from __future__ import annotations
 
 import functools
-from importlib import import_module
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .arguments import activated_width
+from .halves import BlockHalves
 from .heads import Heads
+from .products import LibraryProducts
 
 
-def _f32(x: Tensor | None) -> Tensor | None:
+def f32(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.float().contiguous()
 
 
-class RawKernels:
+class RawKernels(LibraryProducts, BlockHalves):
     """Kernels of the C++ extension; the dispatcher picks the CPU or the CUDA one by the tensors' device."""
 
     def __init__(self, functions: Any = None) -> None:
@@ -35,7 +36,7 @@ class RawKernels:
         drop_path: Tensor | None,
     ) -> Tensor:
         total = torch.empty_like(residual)
-        self.functions.scale_add_forward(residual, branch, _f32(scale), _f32(drop_path), total)
+        self.functions.scale_add_forward(residual, branch, f32(scale), f32(drop_path), total)
         return total
 
     def layer_norm_forward(
@@ -54,7 +55,7 @@ class RawKernels:
         mean = x.new_empty(x.shape[0], dtype=torch.float32)
         rstd = torch.empty_like(mean)
         self.functions.layer_norm_forward(
-            x, branch, _f32(scale), _f32(drop_path), _f32(weight), _f32(bias), eps, total, normed, mean, rstd
+            x, branch, f32(scale), f32(drop_path), f32(weight), f32(bias), eps, total, normed, mean, rstd
         )
         return x if total is None else total, normed, mean, rstd
 
@@ -68,7 +69,7 @@ class RawKernels:
         dtype: torch.dtype,
     ) -> Tensor:
         normed = torch.empty_like(total, dtype=dtype)
-        self.functions.layer_norm_apply(total, mean, rstd, _f32(weight), _f32(bias), normed)
+        self.functions.layer_norm_apply(total, mean, rstd, f32(weight), f32(bias), normed)
         return normed
 
     def layer_norm_backward(
@@ -94,10 +95,10 @@ class RawKernels:
             total,
             mean,
             rstd,
-            _f32(weight),
+            f32(weight),
             branch,
-            _f32(scale),
-            _f32(drop_path),
+            f32(scale),
+            f32(drop_path),
             d_x,
             d_branch,
             d_scale,
@@ -107,7 +108,7 @@ class RawKernels:
         return d_x, d_branch, d_scale, d_weight, d_bias
 
     def activation_forward(self, h: Tensor, kind: str) -> Tensor:
-        act = torch.empty_like(h)
+        act = h.new_empty(h.shape[0], activated_width(h.shape[1], kind))
         self.functions.activation_forward(h, kind, act)
         return act
 
@@ -115,7 +116,7 @@ class RawKernels:
         self, h: Tensor, d_act: Tensor, kind: str, want_act: bool
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         d_h = torch.empty_like(h)
-        act = torch.empty_like(h) if want_act else None
+        act = torch.empty_like(d_act) if want_act else None
         d_bias = h.new_empty(h.shape[1], dtype=torch.float32)
         self.functions.activation_backward(h, d_act, kind, d_h, act, d_bias)
         return d_h, act, d_bias
@@ -186,12 +187,12 @@ class RawKernels:
 
     def _heads(self, heads: Heads) -> tuple[Any, ...]:
         """What the raw attention takes for what happens to q and k before it."""
-        return tuple(_f32(x) if isinstance(x, Tensor) else x for x in heads)
+        return tuple(f32(x) if isinstance(x, Tensor) else x for x in heads)
 
     def _lengths(self, qkv: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> tuple[Any, ...]:
         """What the raw attention takes for "where each sequence lies"."""
         if cu_seqlens is None:
-            return _even_lengths(qkv.shape[0], qkv.shape[1], qkv.device), qkv.shape[1]
+            return even_lengths(qkv.shape[0], qkv.shape[1], qkv.device), qkv.shape[1]
         return cu_seqlens, max_seqlen
 
     def patchify(self, images: Tensor, patch: int, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
@@ -219,30 +220,11 @@ class RawKernels:
     ) -> Tensor:
         R = 0 if prefix is None else prefix.shape[0]
         tokens = projected.new_empty(images, R + patches, projected.shape[1], dtype=dtype)
-        self.functions.assemble_tokens(projected, _f32(bias), _f32(pos_embed), _f32(prefix), tokens)
+        self.functions.assemble_tokens(projected, f32(bias), f32(pos_embed), f32(prefix), tokens)
         return tokens
 
 
-class TritonKernels(RawKernels):
-    """Kernels of ``vitfast.kernels``; on a plain batch attention takes the length itself instead of offsets."""
-
-    def __init__(self) -> None:
-        modules = (
-            import_module(f"vitfast.kernels.{m}") for m in ("layer_norm", "activation", "attention", "patch_embed")
-        )
-        super().__init__(SimpleNamespace(**{k: v for m in modules for k, v in vars(m).items()}))
-        self.options = import_module("vitfast.kernels.attention_heads").HeadOptions
-
-    def _heads(self, heads: Heads) -> tuple[Any, ...]:
-        return (self.options(*(x.contiguous() if isinstance(x, Tensor) else x for x in heads)),)
-
-    def _lengths(self, qkv: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> tuple[Any, ...]:
-        if cu_seqlens is None:
-            return None, qkv.shape[1], qkv.shape[1]
-        return cu_seqlens, max_seqlen, 0
-
-
 @functools.lru_cache(maxsize=64)
-def _even_lengths(batch: int, length: int, device: torch.device) -> Tensor:
+def even_lengths(batch: int, length: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return torch.arange(batch + 1, dtype=torch.int32, device=device) * length

@@ -1,0 +1,86 @@
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "forward.h"
+#include "isa.h"
+
+// The two halves of a pre-norm block at inference, each in one call: nothing between its input and its output outlives
+// it, and for a small model the calls themselves would cost as much as the arithmetic. Shapes: T rows, D width,
+// C = 3 * H * E, H heads, E head dim, F hidden width. X: dtype of x and out; Y: dtype of the weights of products.
+namespace vitfast {
+namespace {
+
+constexpr auto kFloat = ScalarType::Float;
+constexpr auto kBFloat16 = ScalarType::BFloat16;
+
+Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
+    return torch::stable::new_empty(like, {shape.begin(), shape.size()}, dtype);
+}
+
+// A vector of bf16 numbers as fp32.
+Tensor as_float(const char* name, const Tensor& x, int64_t size) {
+    check(name, x, Device::kCpu, {kFloat, kBFloat16}, {size});
+    if (x.scalar_type() == kFloat) return x;
+    const Tensor wide = empty(x, {size}, kFloat);
+    const uint16_t* const from = data<uint16_t>(x);
+    uint32_t* const to = mutable_data<uint32_t>(wide);
+    for (int64_t i = 0; i < size; ++i) to[i] = static_cast<uint32_t>(from[i]) << 16;
+    return wide;
+}
+
+Tensor norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps, ScalarType dtype) {
+    const int64_t rows = x.size(0), width = x.size(1);
+    const Tensor normed = empty(x, {rows, width}, dtype), mean = empty(x, {rows}, kFloat),
+                 rstd = empty(x, {rows}, kFloat);
+    layer_norm_forward(x, {}, {}, {}, as_float("norm_weight", weight, width), as_float("norm_bias", bias, width), eps,
+                       {}, normed, mean, rstd);
+    return normed;
+}
+
+// out[T, D] = x + proj_scale * (attention(norm(x) qkv_weight^T + qkv_bias) proj_weight^T + proj_bias)
+void norm_attention_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, double eps, Tensor qkv_weight,
+                            OptionalTensor qkv_bias, int64_t heads, double scale, Tensor cu_seqlens, int64_t max_seqlen,
+                            Tensor proj_weight, OptionalTensor proj_bias, OptionalTensor proj_scale, Tensor out) {
+    check("x", x, Device::kCpu, {kFloat, kBFloat16}, {-1, -1});
+    const auto dtype = qkv_weight.scalar_type();
+    const int64_t rows = x.size(0), outputs = qkv_weight.dim() == 2 ? qkv_weight.size(0) : 0;
+    if (heads < 1 || outputs == 0 || outputs % (3 * heads) != 0) {
+        fail("qkv_weight has shape ", show_shape(qkv_weight), "; needed: a multiple of 3 * ", heads, " (heads) rows");
+    }
+    const int64_t head_dim = outputs / (3 * heads);
+    const Tensor qkv = empty(x, {rows, 3, heads, head_dim}, dtype), flat = torch::stable::view(qkv, {rows, outputs});
+    linear(norm(x, norm_weight, norm_bias, eps, dtype), qkv_weight, false, qkv_bias, "none", {}, {}, {}, {}, flat);
+    const Tensor attended = empty(x, {rows, heads, head_dim}, dtype), lse = empty(x, {heads, rows}, kFloat);
+    attention_forward(qkv, scale, {}, {}, {}, {}, false, "", "", {}, {}, {}, {}, 0.0, 0.0, cu_seqlens, max_seqlen,
+                      attended, lse);
+    linear(torch::stable::view(attended, {rows, heads * head_dim}), proj_weight, false, proj_bias, "none", x,
+           proj_scale, {}, {}, out);
+}
+
+// out[T, D] = x + scale * (activation(norm(x) fc1_weight^T + fc1_bias) fc2_weight^T + fc2_bias)
+void norm_mlp_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, double eps, Tensor fc1_weight,
+                      OptionalTensor fc1_bias, std::string activation, Tensor fc2_weight, OptionalTensor fc2_bias,
+                      OptionalTensor scale, Tensor out) {
+    check("x", x, Device::kCpu, {kFloat, kBFloat16}, {-1, -1});
+    check("fc1_weight", fc1_weight, Device::kCpu, {kFloat, kBFloat16}, {-1, x.size(1)});
+    const auto dtype = fc1_weight.scalar_type();
+    const int64_t rows = x.size(0);
+    const Tensor normed = norm(x, norm_weight, norm_bias, eps, dtype);
+    Tensor hidden = empty(x, {rows, fc1_weight.size(0)}, dtype);
+    const bool gated = activation == "swiglu";  // joins columns that the product computes apart
+    linear(normed, fc1_weight, false, fc1_bias, gated ? "none" : activation, {}, {}, {}, {}, hidden);
+    if (gated) {
+        const Tensor joined = empty(x, {rows, fc1_weight.size(0) / 2}, dtype);
+        activation_forward(hidden, activation, joined);
+        hidden = joined;
+    }
+    linear(hidden, fc2_weight, false, fc2_bias, "none", x, scale, {}, {}, out);
+}
+
+}  // namespace
+}  // namespace vitfast
+
+STABLE_TORCH_LIBRARY_IMPL(vitfast_C, CPU, m) {
+    m.impl("norm_attention_forward", TORCH_BOX(&vitfast::norm_attention_forward));
+    m.impl("norm_mlp_forward", TORCH_BOX(&vitfast::norm_mlp_forward));
+}
