@@ -239,7 +239,9 @@ def optional_case(
 
 @pytest.mark.parametrize("level", [-1e4, -1e30])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("length", [64, 65, pytest.param(192, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "length", [64, pytest.param(65, marks=pytest.mark.slow), pytest.param(192, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_far_below_zero(backend: str, length: int, dtype: torch.dtype, level: float) -> None:
     """Every logit at -1e4 or -1e30, where a running maximum that starts at 0 or at a finite number gives NaN or zeros.
@@ -281,10 +283,10 @@ OPTIONS: dict[str, dict[str, object]] = {
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_options(backend: str, options: str, dtype: torch.dtype) -> None:
-    check_parity(optional_case((2, 21, 2, 16), **OPTIONS[options]), "attention", backend, dtype)
+    check_parity(optional_case((2, 18, 2, 16), **OPTIONS[options]), "attention", backend, dtype)
 
 
-@pytest.mark.parametrize("E", [24, 40, 72, 128])
+@pytest.mark.parametrize("E", [24, 72])
 @pytest.mark.parametrize("interleaved", ["half", "interleaved"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_options_with_wide_heads(backend: str, interleaved: str, E: int) -> None:
@@ -382,7 +384,7 @@ def test_compiles(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_repeatable(backend: str) -> None:
     check_repeatable(case_of(2, 50, 2, 32, (1, 2, 50, 50)), "attention", backend)
-    check_repeatable(optional_case((3, 33, 2, 16), **OPTIONS["all"]), "attention", backend)
+    check_repeatable(optional_case((2, 17, 1, 16), **OPTIONS["all"]), "attention", backend)
 
 
 def test_gradcheck() -> None:

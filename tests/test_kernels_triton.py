@@ -324,8 +324,15 @@ def test_attention_kernels(path, packed, E, dtype, monkeypatch):
     check_attention(qkv, bias, d_out, 0.3, lengths, packed)
 
 
-@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
-@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize(
+    ("packed", "interleaved"),
+    [
+        pytest.param(False, False, id="plain, halves"),
+        pytest.param(True, True, id="packed, interleaved"),
+        pytest.param(False, True, id="plain, interleaved", marks=pytest.mark.slow),
+        pytest.param(True, False, id="packed, halves", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("path", FORCED)
 def test_attention_heads_in_every_kernel(path, packed, interleaved, monkeypatch):
     """Norm, rotation and padding in each kernel: what plain PyTorch gives for q and k transformed before."""
