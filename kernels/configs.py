@@ -31,6 +31,12 @@ class RowConfig:
     programs: int = 0
     scale_apart: bool = False
 
+    @property
+    def registers(self) -> int:
+        """The most per thread with which `programs` are resident at once; left to itself the compiler may stop at 64
+        and spill."""
+        return min(65536 // (32 * self.warps * self.programs) // 8 * 8, 248)
+
 
 @functools.cache
 def row_config(columns: int) -> RowConfig:
