@@ -20,9 +20,12 @@ from vitfast.ops.attention import attention, attention_ref
 
 from .harness import TORCH_DTYPE, Case, Provider, Work
 from .peers import compiled, installed, own_providers
+from .presets import along, distinct
 
 OPS = ("attention",)
 PEERS = ("flash_attn", "flash_attn_interface", "flash_attn.cute", "xformers")
+_LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
+_HEAD_DIMS = (16, 32, 64, 80, 128, 256)
 DEFAULTS: dict[str, int | str] = {"B": 8, "L": 197, "H": 12, "E": 64}
 SHAPES: dict[str, list[dict[str, int | str]]] = {
     "overview cpu": [{"B": 4}],
@@ -36,8 +39,16 @@ SHAPES: dict[str, list[dict[str, int | str]]] = {
         {"B": 8, "L": 1025, "H": 16},
         {"B": 32, "L": 256, "H": 16, "E": 72},
     ],
-    "growth": [{"B": 4, "L": length} for length in (64, 128, 256, 512, 1024)],
-    "growth cuda": [{"B": 16, "L": length} for length in (64, 128, 256, 512, 1024, 2048, 4096)],
+    "growth": distinct(
+        along("L", _LENGTHS, {"B": 1, "H": 3, "E": 64}),
+        along("E", _HEAD_DIMS, {"B": 4, "L": 197, "H": 3}),
+        along("B", (1, 2, 4, 8, 16, 32), {"L": 197, "H": 3, "E": 64}),
+    ),
+    "growth cuda": distinct(
+        along("L", _LENGTHS, {"B": 16, "H": 12, "E": 64}),
+        along("E", _HEAD_DIMS, {"B": 64, "L": 197, "H": 12}),
+        along("B", (1, 4, 16, 64, 256, 512), {"L": 197, "H": 12, "E": 64}),
+    ),
     "dry": [{"B": 1, "L": 17, "H": 1, "E": 16}],
 }
 _TRUTH_BYTES = 2**29  # fp64 logits of the reference; larger batches are held against the truth in part

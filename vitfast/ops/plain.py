@@ -19,6 +19,7 @@ from torch.nn.functional import gelu, silu
 from .halves import BlockHalves
 from .heads import Heads, transform, transform_backward
 from .products import LibraryProducts
+from .quantize import dequantize_rows
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -262,6 +263,30 @@ def assemble_tokens(
     if pos_embed is not None and with_prefix:
         tokens = tokens + _wide(pos_embed)
     return tokens.to(dtype)
+
+
+def int8_linear(
+    x_TI: Tensor,
+    norm_weight_I: Tensor | None,
+    norm_bias_I: Tensor | None,
+    eps: float,
+    weight_OI: Tensor,
+    bias_O: Tensor | None,
+    activation: str,
+    residual_TO: Tensor | None,
+    scale_O: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """act(y) or residual + scale * y, y the product of rows and weight rounded to their levels -> [T, O] ``dtype``."""
+    if norm_weight_I is not None and norm_bias_I is not None:
+        wide = torch.float64 if x_TI.dtype == torch.float64 else torch.float32  # not rounded before its levels
+        _, x_TI, _, _ = layer_norm_forward(x_TI, None, None, None, norm_weight_I, norm_bias_I, eps, wide)
+    y = dequantize_rows(x_TI) @ dequantize_rows(weight_OI).to(_wide(x_TI).dtype).t()
+    if bias_O is not None:
+        y = y + bias_O
+    if activation != "none":
+        y = activation_forward(y, activation)
+    return y.to(dtype) if residual_TO is None else scale_add(residual_TO, y, scale_O, None)
 
 
 class _PlainKernels(LibraryProducts, BlockHalves):
