@@ -70,7 +70,14 @@ def measure(checkpoint: Path) -> dict[str, Any]:
             }
         )
     threads = torch.get_num_threads()
-    about = {"model": spec["name"], "settings": spec["kwargs"], "dataset": info.name, "images": found.images}
+    about = {
+        "model": spec["name"],
+        "settings": spec["kwargs"],
+        "dataset": info.name,
+        "images": found.images,
+        "trained_epochs": content["progress"]["epoch"],
+        "planned_epochs": content["config"]["epochs"],
+    }
     return about | {"threads": threads, "torch": torch.__version__, "rows": rows}
 
 
