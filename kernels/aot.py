@@ -27,7 +27,18 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from . import activation, attention_backward, attention_forward, configs, device, layer_norm, mlp, patch_embed, patchify
+from . import (
+    activation,
+    attention_backward,
+    attention_forward,
+    attention_heads,
+    configs,
+    device,
+    layer_norm,
+    mlp,
+    patch_embed,
+    patchify,
+)
 
 CHIPS = {
     80: device.Device(arch=80, multiprocessors=108, shared_bytes=166912),  # A100
@@ -129,28 +140,58 @@ def norm_case(D: int, stream: torch.dtype | None = None) -> Callable[[torch.dtyp
 def activation_case(F: int) -> Callable[[torch.dtype], None]:
     def launch(dtype: torch.dtype) -> None:
         h = meta(BATCH * 197, F, dtype=dtype)
-        for kind in ("gelu", "gelu_tanh"):
+        for kind in ("gelu", "gelu_tanh", "quick_gelu"):
             activation.activation_forward(h, kind, h)
             activation.activation_backward(h, h, kind, h, None, None)
             activation.activation_backward(h, h, kind, h, h, meta(F))
+        gated = meta(BATCH * 197, 2 * F, dtype=dtype)
+        activation.activation_forward(gated, "swiglu", h)
+        activation.activation_backward(gated, h, "swiglu", gated, None, None)
+        activation.activation_backward(gated, h, "swiglu", gated, h, meta(2 * F))
 
     return launch
 
 
+# What attention does beside softmax(q k^T) v, by name; "all" is everything that goes together.
+ATTENTION_OPTIONS = {
+    "": frozenset[str](),
+    "bias": frozenset({"bias"}),
+    "packed": frozenset({"packed"}),
+    "padding": frozenset({"padding"}),
+    "rope": frozenset({"rope"}),
+    "norm": frozenset({"norm"}),
+    "rope norm packed": frozenset({"rope", "norm", "packed"}),
+    "all": frozenset({"rope", "interleaved", "norm", "bias", "padding"}),
+}
+
+
 def attention_case(L: int, E: int, variant: str) -> Callable[[torch.dtype], None]:
+    wanted = ATTENTION_OPTIONS[variant]
+
     def launch(dtype: torch.dtype) -> None:
         if configs.attention_why_not(E, dtype):
             return
         H, T = 12, BATCH * L
         qkv, out, lse = meta(T, 3, H, E, dtype=dtype), meta(T, H, E, dtype=dtype), meta(H, T)
-        bias = meta(1, H, L, L, dtype=dtype) if variant == "bias" else None
-        d_bias = meta(1, H, L, L) if variant == "bias" else None
-        cu_seqlens = meta(BATCH + 1, dtype=torch.int32) if variant == "packed" else None
-        seqlen = 0 if variant == "packed" else L
-        attention_forward.attention_forward(qkv, E**-0.5, bias, None, cu_seqlens, L, seqlen, out, lse)
-        attention_backward.attention_backward(
-            out, qkv, out, lse, E**-0.5, bias, None, cu_seqlens, L, seqlen, qkv, d_bias
-        )
+        bias = meta(1, H, L, L, dtype=dtype) if "bias" in wanted else None
+        d_bias = meta(1, H, L, L) if "bias" in wanted else None
+        padding = meta(BATCH, L, dtype=torch.bool) if "padding" in wanted else None
+        cu_seqlens = meta(BATCH + 1, dtype=torch.int32) if "packed" in wanted else None
+        options = attention_heads.HeadOptions()
+        if "rope" in wanted:
+            # as DINOv3: four registers and a class token, one angle for each pair; interleaved as EVA, one for each element
+            interleaved = "interleaved" in wanted
+            table = meta(T if "packed" in wanted else L - 5, E if interleaved else E // 2)
+            options = options._replace(cos=table, sin=table, interleaved=interleaved)
+        d_norm = meta(2, E) if "norm" in wanted else None
+        if "norm" in wanted:
+            vector, kind = meta(E), "layer_norm"
+            options = options._replace(q_norm=kind, q_weight=vector, q_bias=vector, q_eps=1e-6)
+            options = options._replace(k_norm=kind, k_weight=vector, k_bias=vector, k_eps=1e-6)
+        lengths = (cu_seqlens, L, 0 if "packed" in wanted else L)
+        given = (E**-0.5, bias, padding, options, *lengths)
+        attention_forward.attention_forward(qkv, *given, out, lse)
+        attention_backward.attention_backward(out, qkv, out, lse, *given, qkv, d_bias, d_norm, d_norm)
 
     return launch
 
@@ -184,9 +225,13 @@ def mlp_case(D: int, T: int = BATCH * 197) -> Callable[[torch.dtype], None]:
         x, h, column, hidden = meta(T, D, dtype=dtype), meta(T, F, dtype=dtype), meta(D), meta(F)
         w1, w2, stream = meta(F, D, dtype=dtype), meta(D, F, dtype=dtype), meta(T, D)
         mlp.linear_forward(x, w1, hidden, h)
-        for kind in ("gelu", "gelu_tanh"):
+        for kind in ("gelu", "gelu_tanh", "quick_gelu"):
+            mlp.linear_activation_forward(x, w1, hidden, kind, None, h)
             mlp.linear_activation_forward(x, w1, hidden, kind, h, h)
-            mlp.linear_activation_backward(x, w2, h, kind, h, h, hidden)
+            mlp.hidden_backward(x, w2, h, kind, h, h, hidden)
+        gated, gated_w1 = meta(T, 2 * F, dtype=dtype), meta(2 * F, D, dtype=dtype)
+        mlp.linear_activation_forward(x, gated_w1, meta(2 * F), "swiglu", gated, h)
+        mlp.hidden_backward(x, w2, gated, "swiglu", gated, h, meta(2 * F))
         mlp.linear_residual_forward(h, w2, column, x, None, None, x)
         mlp.linear_residual_forward(h, w2, column, stream, column, meta(1), stream)
 
@@ -204,21 +249,27 @@ ALL, HALF, BF16 = ("bf16", "fp16", "fp32", "tf32"), ("bf16", "fp16"), ("bf16",)
 NO_PRODUCT = ("bf16", "fp16", "fp32")
 
 
+def attention_cases(quick: bool) -> Iterator[tuple[str, Callable[[torch.dtype], None], tuple[str, ...]]]:
+    # 72 stands for 80 too, 88 for 96 (the same pieces without masks), and 197 for every length up to 208.
+    lengths = (197,) if quick else (50, 65, 128, 197, 577)
+    for E in (64, 72) if quick else (16, 64, 72, 88, 128, 192, 256):
+        for L in lengths:
+            dtypes = BF16 if quick else ALL if E == 64 else ("bf16", "fp32", "tf32")
+            yield f"attention L={L} E={E}", attention_case(L, E, ""), dtypes
+            options = ("bias", "rope", "norm", "all") if L in (197, 577) and (not quick or E == 64) else ()
+            for option in options:
+                few = BF16 if quick or (option != "bias" and E not in (64, 88)) else dtypes
+                yield f"attention L={L} E={E} {option}", attention_case(L, E, option), few
+        for option in ("packed",) if quick else ("packed", "padding", "rope norm packed"):
+            yield f"attention L={lengths[-1]} E={E} {option}", attention_case(lengths[-1], E, option), BF16
+
+
 def cases(quick: bool) -> Iterator[tuple[str, Callable[[torch.dtype], None], tuple[str, ...]]]:
     for D in (768,) if quick else (33, 192, 768, 1280, 4096, 6144, 8192):
         yield f"layer_norm D={D}", norm_case(D), BF16 if quick else NO_PRODUCT
         yield f"layer_norm D={D} fp32 stream", norm_case(D, torch.float32), BF16
     yield "activation F=3072", activation_case(3072), BF16 if quick else NO_PRODUCT
-    # 72 stands for 80 too, 88 for 96 (the same pieces without masks), and 197 for every length up to 208.
-    lengths = (197,) if quick else (50, 65, 128, 197, 577)
-    for E in (64, 72) if quick else (16, 64, 72, 88, 128, 192, 256):
-        note = f", {WIDE_HEADS}" if E > 128 else ""
-        for L in lengths:
-            dtypes = BF16 if quick else ALL if E == 64 else ("bf16", "fp32", "tf32")
-            yield f"attention L={L} E={E}{note}", attention_case(L, E, ""), dtypes
-            if L in (197, 577) and (not quick or E == 64):
-                yield f"attention L={L} E={E} bias{note}", attention_case(L, E, "bias"), BF16 if quick else dtypes
-        yield f"attention L={lengths[-1]} E={E} packed{note}", attention_case(lengths[-1], E, "packed"), BF16
+    yield from attention_cases(quick)
     for P, D in ((16, 768),) if quick else ((4, 96), (8, 384), (14, 1280), (16, 768), (32, 1024)):
         yield f"patch_embed P={P} D={D} uint8", patch_case(P, D, torch.uint8, False), BF16 if quick else ALL
         if not quick:

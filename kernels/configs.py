@@ -7,9 +7,11 @@ Nothing here was timed on a GPU yet: choices follow from registers, shared memor
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+
+from .product_table import ROWS
 
 
 def next_power_of_two(n: int) -> int:
@@ -117,7 +119,7 @@ def attention_why_not(head_dim: int, dtype: torch.dtype) -> str | None:
 
 @functools.cache
 def attention_forward_config(
-    length: int, head_dim: int, dtype: torch.dtype, precision: str, arch: int, biased: bool
+    length: int, head_dim: int, dtype: torch.dtype, precision: str, arch: int, biased: bool, prepared: bool = False
 ) -> AttentionConfig:
     if dtype == torch.float32:
         # Without tensor cores a product's operands sit in registers, 16 queries by 32 keys at the most.
@@ -159,7 +161,7 @@ DELTA_ROWS = 32
 
 @functools.cache
 def attention_backward_config(
-    length: int, head_dim: int, dtype: torch.dtype, precision: str, arch: int, biased: bool
+    length: int, head_dim: int, dtype: torch.dtype, precision: str, arch: int, biased: bool, prepared: bool = False
 ) -> AttentionBackwardConfig:
     def looped(own: int, step: int, warps: int, stages: int = 1) -> AttentionBackwardConfig:
         return AttentionBackwardConfig(own=own, step=step, chunks=(), warps=warps, stages=stages)
@@ -201,7 +203,7 @@ class BiasGradientConfig:
 
 
 @functools.cache
-def bias_gradient_config(head_dim: int, dtype: torch.dtype, arch: int) -> BiasGradientConfig:
+def bias_gradient_config(head_dim: int, dtype: torch.dtype, arch: int, prepared: bool = False) -> BiasGradientConfig:
     if dtype == torch.float32:
         return BiasGradientConfig(tile=32 if head_dim <= 64 else 16, warps=4, programs=4)
     # Four operands of a tile take eight warps at 64 rows, and Ampere, which holds them in registers, 32 rows.
@@ -212,13 +214,16 @@ def bias_gradient_config(head_dim: int, dtype: torch.dtype, arch: int) -> BiasGr
 
 @dataclass(frozen=True)
 class ProductConfig:
-    """A tile [rows, columns] of the result, summed in steps of `depth`."""
+    """A tile [rows, columns] of the result, summed in steps of `depth`; the switches are explained in mlp.py."""
 
     rows: int
     columns: int
     depth: int
     warps: int
     stages: int
+    programs: int = 0
+    descriptors: bool = False
+    halved: bool = False
 
 
 # 64 pixels in a row of a tile are at least 64 bytes, two sectors; 32 rows give 16 elements per thread.
@@ -247,23 +252,117 @@ def patch_weight_config(rows: int, columns: int, dtype: torch.dtype, arch: int) 
 
 
 ROW_GROUP = 8  # row blocks of a product that share the weights in L2
+FEW_ROWS = 2048  # 16 tiles of 128 rows: with fewer, a wide product has less than one tile for each multiprocessor
+WIDE_RESIDUAL = "wide residual"  # the epilogue that adds a 16-bit product to an fp32 stream
 
 
 @functools.cache
-def linear_config(rows: int, columns: int, depth: int, dtype: torch.dtype, arch: int) -> ProductConfig:
+def linear_config(
+    rows: int, columns: int, depth: int, epilogue: str | None, dtype: torch.dtype, arch: int
+) -> ProductConfig:
+    """Tile of x W^T; `columns` of the result, each of which "swiglu" takes two sums for. epilogue: an activation,
+    WIDE_RESIDUAL, or None for anything lighter."""
     if dtype == torch.float32:
         return ProductConfig(rows=64, columns=_small(columns, 64), depth=_small(depth, 16), warps=4, stages=2)
-    # 128 x 128 sums are 64 fp32 per thread in eight warps: room for the epilogue's second operand. Few rows take half a
-    # tile, which doubles the programs.
-    tall = 128 if rows > 2048 else 64
+    heavy = epilogue in ("swiglu", WIDE_RESIDUAL)
+    if rows <= FEW_ROWS:  # half a tile, which doubles the programs
+        side = _small(columns, 64 if heavy else 128)
+        config = ProductConfig(rows=64, columns=side, depth=_small(depth, 64), warps=4, stages=3, halved=True)
+        return replace(config, programs=2, descriptors=True) if arch >= 90 else config
+    if arch < 90:
+        # 128 x 128 sums are 64 fp32 per thread in eight warps: room for the epilogue's second operand.
+        side = _small(columns, 64 if epilogue == "swiglu" else 128)
+        return ProductConfig(rows=128, columns=side, depth=_small(depth, 64), warps=8, stages=3, halved=True)
+    # 128 x 256 is the widest tile whose sums fit (128 per thread), and reads the fewest bytes for each product; its two
+    # halves are finished one after the other. An fp32 stream or a second sum takes the room of the other half.
+    side = _small(columns, 128 if heavy else 256)
     return ProductConfig(
-        rows=tall, columns=_small(columns, 128), depth=_small(depth, 64), warps=8 if tall == 128 else 4, stages=3
+        rows=128, columns=side, depth=_small(depth, 64), warps=8, stages=3, programs=1, descriptors=True, halved=True
     )
 
 
 @functools.cache
-def activation_backward_config(columns: int, depth: int, dtype: torch.dtype, arch: int) -> ProductConfig:
-    """GELU's derivative needs several registers for each sum, so half as many sums per thread as linear_config's."""
+def hidden_backward_config(
+    rows: int, columns: int, depth: int, kind: str, dtype: torch.dtype, arch: int
+) -> ProductConfig:
+    """An activation's derivative needs several registers for each sum, so half as many sums per thread as
+    linear_config's."""
     if dtype == torch.float32:
         return ProductConfig(rows=64, columns=_small(columns, 32), depth=_small(depth, 16), warps=4, stages=2)
-    return ProductConfig(rows=128, columns=_small(columns, 64), depth=_small(depth, 64), warps=8, stages=3)
+    config = ProductConfig(
+        rows=128, columns=_small(columns, 64), depth=_small(depth, 64), warps=8, stages=3, halved=True
+    )
+    if arch < 90:
+        return config
+    return replace(config, columns=_small(columns, 128 if rows > FEW_ROWS else 64), programs=1, descriptors=True)
+
+
+@dataclass(frozen=True)
+class ProductRow:
+    """A row of product_table.py."""
+
+    arch: int | None
+    dtype: str | None
+    unit: str | None
+    rows: str | None
+    width: str | None
+    path: str
+    config: ProductConfig | None
+    reason: str
+
+
+PATHS = ("library", "fused")
+UNITS = ("linear", "linear_activation", "swiglu", "linear_residual", "hidden_backward")
+CHIPS = (80, 90, 100)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def row_class(rows: int) -> str:
+    return "few" if rows <= FEW_ROWS else "many"
+
+
+def width_class(columns: int, depth: int) -> str:
+    """By the narrower side, the model's width in all of a block's products: 384 is narrow, 768 medium, 1280 wide."""
+    side = min(columns, depth)
+    return "narrow" if side <= 512 else "medium" if side <= 1024 else "wide"
+
+
+def product_row(entry: dict) -> ProductRow:
+    """A checked row; ValueError names what does not fit."""
+    config = entry["config"]
+    row = ProductRow(**(entry | {"config": None if config is None else ProductConfig(**config)}))
+    allowed = {
+        "arch": (None, *CHIPS),
+        "unit": (None, *UNITS),
+        "rows": (None, "few", "many"),
+        "width": (None, "narrow", "medium", "wide"),
+        "path": PATHS,
+    }
+    for name, values in allowed.items():
+        if getattr(row, name) not in values:
+            raise ValueError(f"product_table.py: {name} is {getattr(row, name)!r}; allowed are {values}")
+    return row
+
+
+@functools.cache
+def product_rows() -> tuple[ProductRow, ...]:
+    return tuple(product_row(entry) for entry in ROWS)
+
+
+@functools.lru_cache(maxsize=4096)
+def product_choice(unit: str, rows: int, columns: int, depth: int, dtype: torch.dtype, arch: int) -> ProductRow:
+    """The table's row for a product of [rows, depth] with `columns` outputs."""
+    wanted = {
+        "arch": max(chip for chip in CHIPS if chip <= max(arch, CHIPS[0])),
+        "dtype": dtype_name(dtype),
+        "unit": unit,
+        "rows": row_class(rows),
+        "width": width_class(columns, depth),
+    }
+    for row in product_rows():
+        if all(getattr(row, name) in (None, value) for name, value in wanted.items()):
+            return row
+    raise ValueError(f"product_table.py has no row for {wanted}; its last one should fit everything")

@@ -22,6 +22,7 @@ from vitfast.kernels import (
     patch_embed,
     patchify,
 )
+from vitfast.kernels.attention_heads import HeadOptions
 from vitfast.ops.arguments import ACTIVATIONS, POINTWISE
 from vitfast.ops.compose import activation_ref
 
@@ -204,6 +205,9 @@ def test_activation_over_the_whole_line(kind):
     assert bool((error <= 2.0**-11 * 1.01 * truth.abs() + 4e-7).all())
 
 
+PLAIN = HeadOptions()
+
+
 def attention_reference(qkv, bias, d_out, scale, lengths):
     """out, d_qkv, d_bias in the tensors' dtype, one sequence after the other; a row without keys gives zeros."""
     qkv = qkv.clone().requires_grad_()
@@ -231,8 +235,10 @@ def run_attention(qkv, bias, d_out, scale, lengths, packed=False, bias_gradient=
     seqlen = 0 if packed else lengths[0]
     out, lse, d_qkv = poisoned(T, H, E, dtype=qkv.dtype), poisoned(H, T), poisoned(*qkv.shape, dtype=qkv.dtype)
     d_bias = poisoned(*bias.shape) if bias is not None and bias_gradient else None
-    attention_forward.attention_forward(qkv, scale, bias, None, *where, seqlen, out, lse)
-    attention_backward.attention_backward(d_out, qkv, out, lse, scale, bias, None, *where, seqlen, d_qkv, d_bias)
+    attention_forward.attention_forward(qkv, scale, bias, None, PLAIN, *where, seqlen, out, lse)
+    attention_backward.attention_backward(
+        d_out, qkv, out, lse, scale, bias, None, PLAIN, *where, seqlen, d_qkv, d_bias, None, None
+    )
     return {"out": out, "d_qkv": d_qkv, **({} if d_bias is None else {"d_bias": d_bias})}
 
 
@@ -359,8 +365,10 @@ def test_attention_empty():
     none = poisoned(0, 3, 2, 16)
     out, lse = poisoned(0, 2, 16), poisoned(2, 0)
     bias, d_bias = rand(1, 1, 8, 8), poisoned(1, 1, 8, 8)
-    attention_forward.attention_forward(none, 1.0, bias, None, None, 0, 8, out, lse)
-    attention_backward.attention_backward(out, none, out, lse, 1.0, bias, None, None, 0, 8, none, d_bias)
+    attention_forward.attention_forward(none, 1.0, bias, None, PLAIN, None, 0, 8, out, lse)
+    attention_backward.attention_backward(
+        out, none, out, lse, 1.0, bias, None, PLAIN, None, 0, 8, none, d_bias, None, None
+    )
     assert not d_bias.any()
 
 
@@ -458,7 +466,7 @@ def test_mlp(T, K, N, dtype, kind):
     mlp.linear_activation_forward(x, w1, b1, kind, h, act)
     mlp.linear_forward(act, w2, None, alone)
     mlp.linear_residual_forward(act, w2, b2, residual, scale, drop_path, total)
-    mlp.linear_activation_backward(d_out, w2, h, kind, d_h, act_again, d_b1)
+    mlp.hidden_backward(d_out, w2, h, kind, d_h, act_again, d_b1)
     assert torch.equal(act, act_again)
     unfused = poisoned(T, N, dtype=dtype)
     activation.activation_forward(h, kind, unfused)
@@ -484,5 +492,5 @@ def test_mlp(T, K, N, dtype, kind):
 def test_mlp_empty_batch():
     none, weight, d_bias = poisoned(0, 16), rand(16, 16), poisoned(16)
     mlp.linear_forward(none, weight, None, none)
-    mlp.linear_activation_backward(none, weight, none, "gelu", none, None, d_bias)
+    mlp.hidden_backward(none, weight, none, "gelu", none, None, d_bias)
     assert not d_bias.any()

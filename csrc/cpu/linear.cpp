@@ -163,7 +163,7 @@ void linear(Tensor x, Tensor weight, bool transposed, OptionalTensor bias, std::
         const int64_t threads = torch::stable::get_num_threads();
         for_each_item(args, split, [&](int64_t begin, int64_t end, int64_t panel, int64_t, const Workspace& workspace) {
             // Which item comes next is not known: if all threads are equally fast, it is this one.
-            const int64_t next = split.blocks == 1 ? panel + threads : panel;
+            const int64_t next = panel + threads;
             VITFAST_DISPATCH(pack_and_multiply(args, right, begin, end, panel, next, workspace));
         });
     };

@@ -3,7 +3,6 @@
 Our parameter names are timm's. C channels, P patch, D width, H heads, E head dim, R prefix tokens, N patches.
 """
 
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from vitfast.layers.resample import resample_pos_embed
 from vitfast.models.vit import VisionTransformer
 
 _TORCHVISION = (
@@ -105,12 +104,17 @@ def load_state_dict(
     """
     wanted = model.state_dict()
     given = dict(state_dict)
-    theirs = given.get("pos_embed")
-    if isinstance(model, VisionTransformer) and theirs is not None and _needs_resampling(model.pos_embed, theirs):
+    ours, theirs = getattr(model, "pos_embed", None), given.get("pos_embed")
+    if (
+        isinstance(model, VisionTransformer)
+        and ours is not None
+        and theirs is not None
+        and _needs_resampling(ours, theirs)
+    ):
         given["pos_embed"] = resample_pos_embed(
             theirs,
             model.patch_embed.grid_size,
-            num_prefix_tokens=model.pos_embed.shape[1] - model.patch_embed.num_patches,
+            num_prefix_tokens=ours.shape[1] - model.patch_embed.num_patches,
             interpolation=interpolation,
             antialias=antialias,
         )
@@ -135,37 +139,6 @@ def load_state_dict(
 def _needs_resampling(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     same_width = theirs.ndim == 3 and theirs.shape[-1] == ours.shape[-1]
     return same_width and theirs.shape[1] != ours.shape[1]
-
-
-def resample_pos_embed(
-    pos_embed: torch.Tensor,
-    new_size: tuple[int, int],
-    old_size: tuple[int, int] | None = None,
-    *,
-    num_prefix_tokens: int = 1,
-    interpolation: str = "bicubic",
-    antialias: bool = True,
-) -> torch.Tensor:
-    """Position embeddings [1, R + N, D] for another grid of patches, interpolated in 2-D (Dosovitskiy et al., 3.2).
-
-    new_size, old_size: rows and columns of patches; old_size None takes the old grid as square. The first
-    num_prefix_tokens rows stay as they are. Computes in fp32, returns pos_embed's dtype. Raises ValueError when N is
-    not the old grid's number of patches.
-    """
-    prefix, grid_1ND = pos_embed[:, :num_prefix_tokens], pos_embed[:, num_prefix_tokens:]
-    num_patches = grid_1ND.shape[1]
-    if old_size is None:
-        old_size = (math.isqrt(num_patches),) * 2
-    if old_size[0] * old_size[1] != num_patches:
-        raise ValueError(
-            f"pos_embed holds {num_patches} patches beside {num_prefix_tokens} prefix tokens,"
-            f" which is not a grid of {old_size[0]} x {old_size[1]}; give old_size"
-        )
-    if tuple(new_size) == tuple(old_size):
-        return pos_embed
-    grid_1DHW = grid_1ND.float().transpose(1, 2).unflatten(2, old_size)
-    grid_1DHW = F.interpolate(grid_1DHW, size=tuple(new_size), mode=interpolation, antialias=antialias)
-    return torch.cat([prefix, grid_1DHW.flatten(2).transpose(1, 2).to(pos_embed.dtype)], dim=1)
 
 
 def from_torchvision(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
