@@ -127,21 +127,21 @@ def int8_linear(
         RuntimeError: a gradient is wanted; or the named backend cannot run.
     """
     check_linear("", weight, bias, x.shape[-1])
-    O = weight.shape[0]
+    outputs = weight.shape[0]
     for name, parameter in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         check_shape(name, parameter, (x.shape[-1],))
     if (norm_weight is None) != (norm_bias is None):
         raise ValueError("norm_weight and norm_bias go together; give both or neither")
     if activation not in ("none", *ACTIVATIONS):
         raise ValueError(f"activation is {activation!r}; allowed are 'none', {', '.join(map(repr, ACTIVATIONS))}")
-    if activation == "swiglu" and O % 2:
-        raise ValueError(f"weight has {O} rows; swiglu needs an even number, gate and up")
+    if activation == "swiglu" and outputs % 2:
+        raise ValueError(f"weight has {outputs} rows; swiglu needs an even number, gate and up")
     if residual is None and scale is not None:
         raise ValueError("scale goes with a residual only")
     if residual is not None and (activation != "none" or dtype not in (None, residual.dtype)):
         raise ValueError("residual goes with activation 'none' and its own dtype only")
-    check_shape("residual", residual, (*x.shape[:-1], O))
-    check_shape("scale", scale, (O,))
+    check_shape("residual", residual, (*x.shape[:-1], outputs))
+    check_shape("scale", scale, (outputs,))
     tensors = (x, weight, bias, norm_weight, norm_bias, residual, scale)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise RuntimeError("int8_linear has no gradient: use it under torch.no_grad(), or ops.linear and its relatives")

@@ -42,9 +42,9 @@ def pack_weight(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     activations being stored plus 128; fp32 [O].
     """
     integers, scale = quantize_rows(weight.contiguous())
-    O, I = weight.shape
-    padded = nn_functional.pad(integers.to(torch.int8), (0, -I % 4, 0, -O % _PANEL_STEP))
-    words = padded.view(torch.int32) if I else padded.new_empty(padded.shape[0], 0, dtype=torch.int32)
+    outputs, inputs = weight.shape
+    padded = nn_functional.pad(integers.to(torch.int8), (0, -inputs % 4, 0, -outputs % _PANEL_STEP))
+    words = padded.view(torch.int32) if inputs else padded.new_empty(padded.shape[0], 0, dtype=torch.int32)
     panels = [panel.t().flatten() for panel in words.split(_PANEL_COLUMNS)]
     packed = torch.cat(panels) if panels else words.flatten()
     return packed, -128 * padded.sum(1, dtype=torch.int32), scale.flatten()
