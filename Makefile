@@ -27,7 +27,7 @@ format: $(VENV)/.built
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES)
 
-# Compiles every Triton kernel for sm_80, sm_90 and sm_100 without a GPU; fails on spills.
+# Compiles every Triton kernel for sm_80, sm_90 and sm_100 without a GPU, with floor times; fails on spills.
 aot: $(VENV)/.built
 	$(BIN)/python -m vitfast.kernels.aot --out build/aot.json
 
