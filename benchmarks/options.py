@@ -11,7 +11,7 @@ from .schema import DIRECTIONS, DTYPES
 if TYPE_CHECKING:
     from .suites import Item, Session
 
-SUITES = ("attention", "patch_embed", "layer_norm", "mlp", "model", "train", "overhead", "memory")
+SUITES = ("attention", "patch_embed", "layer_norm", "mlp", "model", "train", "accelerate", "overhead", "memory")
 PRESETS = ("overview", "standard", "growth", "dry")
 OVERVIEW_MINUTES = 1.7  # then no new case starts, so that the last one ends at about two
 TIMINGS = ("device", "host", "graph")
