@@ -117,13 +117,13 @@ def _forward(model: Callable[..., Any], device: str, autocast: bool, inputs: Map
 
 
 def _logits(
-    model: nn.Module, *, constants: Mapping[str, Tensor], device: str, autocast: bool, forward: Any = None
+    model: nn.Module, *, constants: dict[str, Tensor], device: str, autocast: bool, forward: Any = None
 ) -> Callable[..., Tensor]:
     return lambda **floats: _forward(forward or model, device, autocast, floats | constants)
 
 
 def _first_gradients(
-    model: nn.Module, *, constants: Mapping[str, Tensor], device: str, autocast: bool, forward: Any = None
+    model: nn.Module, *, constants: dict[str, Tensor], device: str, autocast: bool, forward: Any = None
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """inputs -> (the first samples' output, their gradients of all parameters in the order of their names)."""
     parameters = [p for _, p in sorted(model.named_parameters()) if p.requires_grad]
@@ -142,7 +142,7 @@ def _first_gradients(
 
 
 def _providers(
-    model: nn.Module, constants: Mapping[str, Tensor], train: bool, autocast: bool, device: str
+    model: nn.Module, constants: dict[str, Tensor], train: bool, autocast: bool, device: str
 ) -> list[Provider]:
     make = functools.partial(_provider, constants=constants, train=train, autocast=autocast, device=device)
     found = [make("original", model)]
@@ -159,7 +159,7 @@ def _provider(
     name: str,
     model: nn.Module,
     *,
-    constants: Mapping[str, Tensor],
+    constants: dict[str, Tensor],
     train: bool,
     autocast: bool,
     device: str,
