@@ -120,7 +120,7 @@ def is_plain(tensor: Tensor | None) -> bool:
 
 def transforms_active() -> bool:
     """torch.func transforms, forward-mode differentiation or hooks on every module: for the original code."""
-    return (
+    return bool(
         torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch.nn.modules.module._has_any_global_hook()
