@@ -654,5 +654,6 @@ def test_no_recompilation_for_another_batch_size():
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
     for size in (6, 3, 2):
-        assert rel(compiled(images[:size]), model(images[:size])) <= 1e-6
+        some = images[:size].clone()  # PyTorch guards on the whole batch that a slice belongs to, timm's ViT alike
+        assert rel(compiled(some), model(some)) <= 1e-6
     assert counter.frame_count == 1
