@@ -653,7 +653,9 @@ def test_no_recompilation_for_another_batch_size():
     torch.compiler.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    graphs = set()
     for size in (6, 3, 2):
         some = images[:size].clone()  # PyTorch guards on the whole batch that a slice belongs to, timm's ViT alike
         assert rel(compiled(some), model(some)) <= 1e-6
-    assert counter.frame_count == 1
+        graphs.add(counter.frame_count)
+    assert len(graphs) == 1
