@@ -18,7 +18,13 @@ from .harness import shape_of, shape_text
 from .schema import FIELDS, Row
 
 _DEFAULTS_OF_OURS = ("vitfast", "vitfast fused")  # what a user gets without naming a backend or a policy
-_FULL_TABLES = ("model", "train", "memory")  # every provider has a line; of an op only ours and the best peer
+_FULL_TABLES = (
+    "model",
+    "train",
+    "memory",
+    "accelerate",
+    "accelerate_train",
+)  # every provider has a line; of an op only ours and the best peer
 _MARKER = re.compile(r"(<!-- measured ?(\w*) -->\n).*?(<!-- /measured -->)", re.DOTALL)
 MIN_GROWTH = 3
 
