@@ -20,6 +20,7 @@ from .library import extension_status
 # Triton with every product on one path, whatever the table of configurations says: for benchmarks and tests.
 FORCED = ("triton_library", "triton_fused")
 NAMES = ("auto", "cpu", "triton", "cuda", "torch", *FORCED)
+CUDA_WIDEST = 8192  # kMaxWidth in csrc/cuda/team_index.h
 TABLE: dict[str, Sequence[Backend]] = {}  # op -> its backends, filled by each op's module
 
 
@@ -74,6 +75,17 @@ def choose(
     check_backend_name(wanted)
     reasons = "; ".join(f"{b.name}: {reason(b, True) or 'can run'}" for b in TABLE[op])
     raise RuntimeError(f"{op}: backend {wanted!r} cannot run on {device} tensors of {x.dtype}. {reasons}")
+
+
+def too_wide(x: torch.Tensor) -> Callable[[str], str | None]:
+    """``why_not`` for ``choose`` in ops that normalise or add whole rows of x [..., D]."""
+
+    def why_not(name: str) -> str | None:
+        if name == "cuda" and x.shape[-1] > CUDA_WIDEST:
+            return f"rows of {x.shape[-1]}: its LayerNorm kernels keep a row on chip, at most {CUDA_WIDEST} wide"
+        return None
+
+    return why_not
 
 
 def backends() -> list[dict[str, Any]]:
