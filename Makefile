@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 TESTS ?=
 
-.PHONY: demo test lint format aot gpu gpu-dry clean
+.PHONY: demo test lint format aot tune gpu gpu-dry clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -30,6 +30,10 @@ format: $(VENV)/.built
 # Compiles every Triton kernel for sm_80, sm_90 and sm_100 without a GPU; fails on spills.
 aot: $(VENV)/.built
 	$(BIN)/python -m vitfast.kernels.aot --out build/aot.json
+
+# On a GPU: measures the library's products against ours and rewrites kernels/product_table.py. Uses PYTHON as it is.
+tune:
+	PYTHONPATH=. $(PYTHON) -m vitfast.kernels.tune
 
 # On a GPU, under ten minutes: build, parity, benchmarks; at most eight files in OUT. Uses PYTHON as it is, no .venv.
 OUT ?= runs/gpu

@@ -103,8 +103,8 @@ def _transformers(
         grid = 4 if small else 16
         pixels = torch.randn(batch, grid * grid, 3 * config.patch_size**2)
         mask = torch.ones(batch, grid * grid, dtype=torch.int64)
-        mask[1, grid * (grid - 1) :] = 0  # the second image has one row of patches less
-        shapes = torch.tensor([[grid, grid], [grid - 1, grid], *[[grid, grid]] * (batch - 2)])
+        mask[-1, grid * (grid - 1) :] = 0  # the last image has one row of patches less
+        shapes = torch.tensor([[grid, grid]] * (batch - 1) + [[grid - 1, grid]])
         return model, {"pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": shapes}
     return model, {"pixel_values": torch.randn(batch, 3, config.image_size, config.image_size)}
 

@@ -68,6 +68,19 @@ def absent(modules: Iterable[str], device: str) -> list[dict[str, str]]:
     return entries
 
 
+def attempt(name: str, make: Callable[[], Provider], **options: Any) -> Provider:
+    """``make()``; if it fails, a provider that fails with the same error, so that the row says why and the others run."""
+    try:
+        return make()
+    except Exception as error:
+        reason = error
+
+    def fail(**inputs: Any) -> Any:
+        raise reason
+
+    return Provider(name, fail, **options)
+
+
 def compiled(run: Callable[..., Any], **options: Any) -> Run:
     """torch.compile for the one shape at hand; compiled at the first call."""
     return torch.compile(run, dynamic=False, **options)

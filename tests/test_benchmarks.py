@@ -75,6 +75,7 @@ def content(*rows: Row) -> dict[str, Any]:
         "dirty": None,
         "date": "2026-01-01T00:00:00+00:00",
         "command": "vitfast bench",
+        "preset": "standard",
         "rows": [dataclasses.asdict(row) for row in rows],
         "absent": [{"provider": "Other", "reason": "not installed", "install": "pip install other"}],
     }
@@ -351,7 +352,9 @@ def test_shapes_of_the_command_line() -> None:
     assert [item.title for item in items] == [
         f"attention B={B} L={L} H=12 E=64 float32" for L in (64, 128) for B in (1, 2)
     ]
-    with pytest.raises(ValueError, match=r"'Q=3' does not fit attention; its axes and defaults: B=8 L=197 H=12 E=64"):
+    with pytest.raises(
+        ValueError, match=r"'Q=3' does not fit attention; its axes and defaults: B=8 L=197 H=12 E=64; also: T"
+    ):
         suites.plan(["attention"], "cpu", shapes=["Q=3"])
     with pytest.raises(ValueError, match="'x' is no whole number"):
         suites.plan(["attention"], "cpu", shapes=["L=x"])
@@ -362,7 +365,7 @@ def test_shapes_of_the_command_line() -> None:
     [
         (lambda c: c.pop("machine"), "missing ['machine']"),
         (lambda c: c.update(more=1), "unknown ['more']"),
-        (lambda c: c.update(schema=99), "schema is 99; this vitfast reads 1"),
+        (lambda c: c.update(schema=99), "schema is 99; this vitfast reads 2"),
         (lambda c: c["machine"].update(threads="two"), "machine.threads is 'two'; expected int"),
         (lambda c: c["rows"][0].pop("ms"), "rows[0]: missing ['ms']"),
         (lambda c: c["rows"][0].update(ms=True), "rows[0].ms is True"),

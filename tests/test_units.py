@@ -327,3 +327,13 @@ def test_second_derivative_is_refused() -> None:
     (grad,) = torch.autograd.grad(ops.mlp(**tensors).sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="second derivatives"):
         grad.sum().backward()
+
+
+def test_products_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU whose oneDNN has no bf16, or in a PyTorch without it."""
+    from vitfast.ops import products
+
+    monkeypatch.setattr(products, "_onednn_has", lambda dtype: False)
+    for name, make in UNITS.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            check_parity(make((2, 5, 24)), name, "torch", dtype)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vitfast import ops
     from vitfast.dropin.api import accelerate, report, restore
     from vitfast.models.registry import create_model, list_models
+    from vitfast.models.weights import load_pretrained
     from vitfast.ops import backends, extension_status
     from vitfast.verify import verify
 
@@ -24,6 +25,7 @@ _HOMES = {
     "create_model": "models.registry",
     "extension_status": "ops",
     "list_models": "models.registry",
+    "load_pretrained": "models.weights",
     "report": "dropin.api",
     "restore": "dropin.api",
     "verify": "verify",
@@ -35,6 +37,7 @@ __all__ = [
     "create_model",
     "extension_status",
     "list_models",
+    "load_pretrained",
     "ops",
     "report",
     "restore",

@@ -19,7 +19,7 @@ from vitfast.ops.dispatch import check_backend_name
 
 RECOMPUTE = ("none", "fused", "mlp", "block")
 # The ops that replaced modules call; a named backend must be there for each.
-_OPS = ("attention", "layer_norm", "linear_residual", "norm_linear", "norm_mlp", "patch_embed")
+_OPS = ("attention", "layer_norm", "linear_residual", "norm_attention", "norm_linear", "norm_mlp", "patch_embed")
 _log = logging.getLogger("vitfast")
 
 M = TypeVar("M", bound=nn.Module)

@@ -38,13 +38,16 @@ class Context(NamedTuple):
 
 def attend(x_BLD: Tensor, half: AttentionHalf, options: Options, context: Context) -> Tensor:
     """The attention half of a block, residual included, [B, L, D]."""
-    if _is_one_op(half, context):
+    if not torch.is_grad_enabled() and _is_simple(half, context) and not _keep_apart(x_BLD, half):
+        qkv = _joined(half.qkv)
         return ops.norm_attention(
             x_BLD,
             half.norm.weight,
             half.norm.bias,
-            *half.qkv[0],
-            *half.proj,
+            qkv.weight,
+            qkv.bias,
+            half.proj.weight,
+            half.proj.bias,
             half.heads,
             half.norm.eps,
             attention_scale=half.scale,
@@ -73,12 +76,6 @@ def attend(x_BLD: Tensor, half: AttentionHalf, options: Options, context: Contex
         drop_path=_factor(half.draw, x_BLD, half.proj.weight, half.gamma),
         backend=options.backend,
     )
-
-
-def _is_one_op(half: AttentionHalf, context: Context) -> bool:
-    """At inference, with one packed projection and nothing between it and the other but attention."""
-    between = (half.q_norm, half.k_norm, half.out_norm, half.draw, *context)
-    return not torch.is_grad_enabled() and len(half.qkv) == 1 and all(part is None for part in between)
 
 
 def feed_forward(x_BLD: Tensor, half: MlpHalf, options: Options) -> Tensor:
@@ -110,13 +107,27 @@ def feed_forward(x_BLD: Tensor, half: MlpHalf, options: Options) -> Tensor:
     return x_BLD + (branch if drop_path_B is None else branch * drop_path_B.to(branch.dtype).view(-1, 1, 1))
 
 
+def _is_simple(half: AttentionHalf, context: Context) -> bool:
+    """Whether the one-call attention half for inference computes all of it."""
+    extras = (half.q_norm, half.k_norm, half.out_norm, half.draw, *context)
+    return all(extra is None for extra in extras)
+
+
+def _keep_apart(x_BLD: Tensor, half: AttentionHalf) -> bool:
+    """Whether q, k and v are projected one by one.
+
+    Three weights are joined for one product, except where copying 3 D^2 weights costs more than 3 B L D results. A graph is
+    traced one way only, or it would hold for these batch sizes alone.
+    """
+    if len(half.qkv) == 1 or torch.compiler.is_compiling():
+        return False
+    return x_BLD.shape[0] * x_BLD.shape[1] < x_BLD.shape[2]
+
+
 def _qkv(x_BLD: Tensor, half: AttentionHalf, options: Options) -> Tensor:
     """[B, L, 3, H, E] from one packed projection or from three."""
     heads = (half.heads, -1)
-    # Three weights are joined for one product, except where copying 3 D^2 weights costs more than 3 B L D results. A
-    # graph is traced one way only, or it would hold for these batch sizes alone.
-    few = not torch.compiler.is_compiling() and x_BLD.shape[0] * x_BLD.shape[1] < x_BLD.shape[2]
-    if len(half.qkv) == 3 and few:
+    if _keep_apart(x_BLD, half):
         normed = ops.layer_norm(x_BLD, *half.norm, backend=options.backend)
         parts = [ops.linear(normed, layer.weight, layer.bias) for layer in half.qkv]
         return torch.stack([part.unflatten(-1, heads) for part in parts], 2)

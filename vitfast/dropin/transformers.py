@@ -252,8 +252,10 @@ class FastLayer(fast.FastBlock):
     ) -> Tensor:
         if position_embeddings is not None:
             kwargs["position_embeddings"] = position_embeddings
-        if may_run(hidden_states) and all(name in HARMLESS or not value for name, value in _rest(kwargs)):
+        if may_run(hidden_states):
             parts, context = self.parts(self, "now"), self._context(attention_mask, hidden_states)
+            if any(value and name not in HARMLESS for name, value in _rest(kwargs)):
+                parts["attention"] = "a keyword that only the original knows"  # layers pass them to attention alone
             if context is not None:
                 if position_embeddings is not None and _table_fits(position_embeddings, hidden_states):
                     context = context._replace(rope=Rope(*position_embeddings))

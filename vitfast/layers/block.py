@@ -18,7 +18,7 @@ from vitfast.layers.layer_norm import LayerNorm
 from vitfast.layers.layer_scale import LayerScale
 from vitfast.layers.mlp import Mlp, SwiGLU
 from vitfast.layers.tokens import FULL, Tokens
-from vitfast.layers.untouched import remember_parts, untouched
+from vitfast.layers.untouched import remember_parts, untouched, watched
 from vitfast.ops.arguments import product_dtype
 
 
@@ -128,6 +128,27 @@ class Block(nn.Module):
             scale=self.scales()[0],
             backend=self.backend,
         )
+
+    def class_token(self, x_BLD: Tensor, tokens: Tokens = FULL) -> Tensor:
+        """The first token [B, 1, D] of what this block returns: the others give keys and values, and no more is made of them."""
+        attn, first_B1D = self.attn, x_BLD[:, :1]
+        weight, bias = attn.qkv_parameters()
+        split = [weight.shape[0] // 3, weight.shape[0] - weight.shape[0] // 3]
+        (q_weight, kv_weight), (q_bias, kv_bias) = (
+            weight.split(split),
+            (None, None) if bias is None else bias.split(split),
+        )
+        q_B1D = self._norm_linear(first_B1D, self.norm1, q_weight, q_bias)
+        kv_BLC = self._norm_linear(x_BLD, self.norm1, kv_weight, kv_bias)
+        out_B1D = attn.norm(attn.attend_first(q_B1D, kv_BLC, tokens))
+        x_B1D = self._add(first_B1D, out_B1D, attn.proj, attn.proj_drop, 0, self.drop_path1, FULL)
+        return self.add_mlp(x_B1D, FULL)
+
+    def gives_class_token(self, tokens: Tokens) -> bool:
+        """Whether ``class_token`` is the same function: no masks, no dropout that draws for every token, nothing watches."""
+        bare = tokens._replace(rope=None).plain and (tokens.rope is None or tokens.rope.shared)
+        draws = self.training and max(self.attn.attn_drop, self.attn.proj_drop, self.mlp.drop) > 0.0
+        return bare and not draws and untouched(self) and not watched(self)
 
     def add_attention(self, x_BLD: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
         """x + attention(norm1(x)), and q, k and v [B, L, C] where they passed through here."""

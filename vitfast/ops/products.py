@@ -8,6 +8,8 @@ Legend: T rows, I inputs, O outputs, B samples; ``X`` dtype of the residual stre
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear as torch_linear
@@ -18,7 +20,15 @@ _ONEDNN_GELU = {"gelu": "none", "gelu_tanh": "tanh"}  # activation -> what oneDN
 
 
 def _through_onednn(x: Tensor, *dtypes: torch.dtype) -> bool:
-    return x.device.type == "cpu" and x.dtype in dtypes and x.numel() > 0 and torch.backends.mkldnn.is_available()
+    return x.device.type == "cpu" and x.dtype in dtypes and x.numel() > 0 and _onednn_has(x.dtype)
+
+
+@functools.cache
+def _onednn_has(dtype: torch.dtype) -> bool:
+    """bf16 needs AVX-512 or a newer Arm core; where there is none, PyTorch's own products still run."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class LibraryProducts:
