@@ -192,8 +192,10 @@ class Block(nn.Module):
         )
 
     def _in_int8(self, x_BLD: Tensor, weight: Tensor) -> bool:
-        if self.precision != "int8" or self.training or not isinstance(weight, nn.Parameter):
+        if self.precision != "int8" or self.training:
             return False
+        if not isinstance(weight if weight._base is None else weight._base, nn.Parameter):
+            return False  # made for this call: its integers could not be kept
         return not (torch.is_grad_enabled() and any(t.requires_grad for t in (x_BLD, *self.parameters())))
 
     def _int8_norm_linear(
