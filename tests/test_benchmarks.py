@@ -26,7 +26,9 @@ from vitfast.benchmarks import (
     options,
     parity,
     plots,
+    presets,
     report,
+    scaling,
     schema,
     stopwatch,
     suites,
@@ -428,12 +430,64 @@ def test_differences_between_commits() -> None:
 
 
 def test_growth_is_fitted() -> None:
-    rows = [row(ms=1e-6 * L**1.5, shape=f"B=2 L={L}") for L in (64, 128, 256)]
-    found = report.growth(rows)
-    assert [(axis, low, high) for _, axis, low, high, _ in found] == [("L", 64, 256)]
-    assert found[0][-1] == pytest.approx(1.5)
-    assert "| L^1.50 |" in report.growth_table(rows)
-    assert report.growth(rows[:2]) == []
+    rows = [row(ms=1e-6 * L**1.5, shape=f"B=2 L={L}", peak_mib=float(L**2)) for L in (64, 128, 256)]
+    found = scaling.fits(rows)
+    assert [(fit.axis, fit.quantity, fit.low, fit.high) for fit in found] == [("L", "ms", 64, 256)]
+    assert (found[0].exponent, found[0].last) == pytest.approx((1.5, 1.5))
+    assert "| ms | float32 | forward | tokens (L) | 64–256 | 1.50 (1.50) |" in report.growth_table(rows)
+    assert scaling.fits(rows[:2]) == []
+    model = [dataclasses.replace(r, op="model", shape=f"model=m B={2 * i + 1}") for i, r in enumerate(rows)]
+    assert [(fit.axis, fit.quantity) for fit in scaling.fits(model)] == [("B", "ms"), ("B", "peak MiB")]
+    fixed_cost = [row(ms=100.0 + L, shape=f"L={L}") for L in (1, 10, 10_000, 20_000)]
+    assert scaling.fits(fixed_cost)[0].last > scaling.fits(fixed_cost)[0].exponent
+
+
+def test_axes_that_move_together_are_one_series() -> None:
+    rows = [row(ms=float(D), shape=f"B=2 D={D} F={4 * D}") for D in (64, 128, 256)]
+    rows.append(row(ms=1.0, shape="B=2 D=512 F=512"))
+    (panel,) = scaling.growth_panels(rows)
+    assert (panel.axis, panel.rest, panel.sizes) == ("D", "B=2 F=4D", [64, 128, 256])
+
+
+def test_threads_are_compared_with_one() -> None:
+    rows = [row(ms=8.0 / n**0.5, shape=f"B=2 L=4 T={n}") for n in (1, 2, 4)]
+    rows += [row("sdpa", 3.0, "B=2 L=4 T=2"), row("sdpa", 2.0, "B=2 L=4 T=4")]
+    (gain,) = scaling.gains(rows)
+    assert (gain.threads, gain.speed_up) == (4, pytest.approx(2.0))
+    line = "| attention B=2 L=4 | float32 | forward | **vitfast cpu** | 8.00 | 4.00 | 4 | 2.00 | 50% |"
+    assert line in report.threads_table(rows)
+    assert scaling.fits(rows) == []
+    assert [presets.thread_counts(n) for n in (1, 2, 6, 8)] == [[1], [1, 2], [1, 2, 4, 6], [1, 2, 4, 8]]
+
+
+def test_sweeps_cover_every_axis() -> None:
+    """What the cost is said to grow with, and how far."""
+    reach = {
+        "attention": {"L": (64, 4096), "E": (16, 256), "B": (1, 32)},
+        "layer_norm": {"D": (64, 8192), "L": (64, 4097), "B": (1, 64)},
+        "mlp": {"D": (64, 1024), "B": (1, 16)},
+        "patch_embed": {"S": (224, 1024), "B": (1, 32), "D": (192, 1280)},
+        "model": {"L": (197, 4097), "B": (1, 64), "D": (192, 768), "depth": (3, 24)},
+        "train": {"L": (197, 1025), "B": (1, 16)},
+    }
+    for name, axes in reach.items():
+        for device in ("cpu", "cuda"):
+            items = suites.plan([name], device, "growth", dtypes=["float32"])
+            assert len({item.title for item in items}) == len(items)
+            rows = [row(shape=harness.shape_text(item.shape)) for item in items]
+            found = {fit.axis: (fit.low, fit.high) for fit in scaling.fits(rows)}
+            assert set(found) == set(axes)
+            for axis, (low, high) in axes.items():
+                assert device == "cuda" or found[axis] == (low, high)
+
+
+def test_sizes_a_model_can_have() -> None:
+    shape = {"model": "vit_tiny_patch16_224", "L": 577, "D": 128, "depth": 2}
+    assert bench_model.overrides_of(shape) == {"depth": 2, "embed_dim": 128, "num_heads": 2, "img_size": 384}
+    with pytest.raises(ValueError, match="L is 500; allowed: 1 more than a square, as 197 or 577"):
+        bench_model.overrides_of(shape | {"L": 500})
+    with pytest.raises(ValueError, match="D is 100; allowed: multiples of 64"):
+        bench_model.overrides_of(shape | {"D": 100})
 
 
 def test_report_and_plots_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -457,11 +511,14 @@ def test_report_and_plots_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixt
     assert {p.name for p in folder.iterdir()} == {
         "attention.json",
         "report.md",
-        *(f"{name}.png" for name in ("growth", "floor", "roofline", "memory")),
+        *(f"{name}.png" for name in ("growth-attention-float32", "floor", "roofline", "memory")),
     }
     text = document.read_text()
-    assert text.startswith("a\n<!-- measured -->\n\nTest CPU, 1 threads, 2026-01-01:\n\n| what |")
-    assert "| attention | B=1 L=64 | float32 | forward | 0.640 | sdpa | 1.28 | 2.00 (1.90–2.10) |" in text
+    assert text.startswith(
+        "a\n<!-- measured -->\n\nTest CPU, 1 thread, 2026-01-01:\n\n| kept for backward, MiB an image | timm |"
+    )
+    assert "| B=1 L=64 | float32 | forward | 0.640 (0.576–0.704) | sdpa | 1.28 | 2.00 (1.90–2.10) | 78% |" in text
+    assert "| ms | float32 | forward | tokens (L) | 64–256 | 1.00 (1.00) | 1.00 (1.00) |" in text
     assert "no number: bad, B=1 L=64 float32 forward: wrong: far off" in text
     assert "- Other: not installed; `pip install other`" in text
     assert "](results/machine/floor.png)" in text
@@ -478,7 +535,7 @@ def failed(L: int) -> Row:
 
 
 def test_no_points_no_picture(tmp_path: Path) -> None:
-    assert plots.draw([], MACHINE, tmp_path) == []
+    assert plots.draw(report.Machine(tmp_path, (content(),))) == []
 
 
 def test_documents_are_up_to_date() -> None:
@@ -497,8 +554,8 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     printed = capsys.readouterr().out
     for word in ("add_layer_norm", "vitfast torch", "pytorch eager", "ratio", "copy", "Liger: needs a CUDA GPU"):
         assert word in printed
-    saved = schema.read(tmp_path / "layer_norm.json")
-    assert (tmp_path / "layer_norm.csv").read_text().count("\n") == 1 + len(saved["rows"])
+    saved = schema.read(tmp_path / "layer_norm-dry.json")
+    assert (tmp_path / "layer_norm-dry.csv").read_text().count("\n") == 1 + len(saved["rows"])
     assert (tmp_path / "report.md").exists()
 
     def baseline(factor: float) -> str:
