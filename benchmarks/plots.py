@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from .tables import Machine, best_of, cases, number, ours_of
 matplotlib.use("Agg")  # draws to files, needs no display
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from PIL import Image  # comes with matplotlib
 
 _OURS = "#1b5fa6"
 _PEERS = ("#d1495b", "#e08e2b", "#6a994e", "#8d6cab", "#8c6d46", "#5c7f8a", "#c06c9c")
@@ -48,9 +50,17 @@ def draw(results: Machine, most: int | None = None) -> list[Path]:
     for name, figure in _figures(results):
         if most is None or len(made) < most:
             made.append(folder / f"{name}.png")
-            figure.savefig(made[-1], dpi=110)
+            _save(figure, made[-1])
         plt.close(figure)
     return made
+
+
+def _save(figure: Any, path: Path) -> None:
+    """With a palette of 64 colours: lines and text look the same, and the file is a quarter as large."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=90)
+    with Image.open(drawn) as image:
+        image.convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def _figures(results: Machine) -> Iterator[tuple[str, Any]]:
