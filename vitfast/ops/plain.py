@@ -260,11 +260,11 @@ def assemble_tokens(
     return tokens.to(dtype)
 
 
-class _PlainKernels(LibraryProducts, BlockHalves):
+class PlainKernels(LibraryProducts, BlockHalves):
     """The functions above and the library's products as one object, as the ops call a backend's primitives."""
 
     def __getattr__(self, name: str) -> Any:
         return globals()[name]
 
 
-KERNELS = _PlainKernels()
+KERNELS = PlainKernels()
