@@ -11,17 +11,27 @@ from vitfast.ops.layer_norm import add_layer_norm, add_layer_norm_ref, layer_nor
 
 from .harness import TORCH_DTYPE, Case, Provider, Work
 from .peers import installed, own_providers, plain_providers
+from .presets import along, distinct
 
 OPS = ("layer_norm", "add_layer_norm")
 PEERS = ("liger_kernel", "quack", "transformer_engine")
+_WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 DEFAULTS: dict[str, int | str] = {"B": 8, "L": 197, "D": 768}
 SHAPES: dict[str, list[dict[str, int | str]]] = {
     "overview cpu": [{}],
     "overview cuda": [{"B": 128}],
     "cpu": [{"D": 384}, {}, {"B": 4, "L": 257, "D": 1280}],
     "cuda": [{"B": 256, "D": 384}, {"B": 256}, {"B": 64, "L": 257, "D": 1280}, {"B": 1}],
-    "growth": [{"B": 4, "D": width} for width in (128, 256, 512, 1024, 2048)],
-    "growth cuda": [{"B": 64, "D": width} for width in (128, 256, 512, 1024, 2048, 4096, 8192)],
+    "growth": distinct(
+        along("D", _WIDTHS, {"B": 4, "L": 197}),
+        along("L", (64, 197, 577, 1025, 4097), {"B": 4, "D": 384}),
+        along("B", (1, 4, 16, 64), {"L": 197, "D": 384}),
+    ),
+    "growth cuda": distinct(
+        along("D", _WIDTHS, {"B": 64, "L": 197}),
+        along("L", (64, 197, 577, 1025, 4097), {"B": 64, "D": 768}),
+        along("B", (1, 4, 16, 64, 256, 512), {"L": 197, "D": 768}),
+    ),
     "dry": [{"B": 2, "L": 3, "D": 64}],
 }
 EPS = 1e-6

@@ -12,6 +12,7 @@ from vitfast.ops.norm_mlp import norm_mlp, norm_mlp_ref
 
 from .harness import TORCH_DTYPE, Case, Provider, Work
 from .peers import own_providers, plain_providers
+from .presets import along, distinct
 
 OPS = ("mlp", "norm_mlp")
 PEERS: tuple[str, ...] = ()
@@ -21,8 +22,14 @@ SHAPES: dict[str, list[dict[str, int | str]]] = {
     "overview cuda": [{"B": 64, "D": 768, "F": 3072}],
     "cpu": [{}, {"B": 4, "D": 768, "F": 3072}],
     "cuda": [{"B": 128}, {"B": 128, "D": 768, "F": 3072}, {"B": 64, "L": 257, "D": 1280, "F": 5120}],
-    "growth": [{"B": batch} for batch in (1, 2, 4, 8, 16)],
-    "growth cuda": [{"B": batch, "D": 768, "F": 3072} for batch in (1, 4, 16, 64, 256, 512)],
+    "growth": distinct(
+        along("D", (64, 128, 192, 384, 768, 1024), {"B": 2, "L": 197}, F=4),
+        along("B", (1, 2, 4, 8, 16), {"L": 197, "D": 192, "F": 768}),
+    ),
+    "growth cuda": distinct(
+        along("D", (192, 384, 768, 1024, 1280, 1664), {"B": 64, "L": 197}, F=4),
+        along("B", (1, 4, 16, 64, 256, 512), {"L": 197, "D": 768, "F": 3072}),
+    ),
     "dry": [{"B": 1, "L": 3, "D": 32, "F": 64}],
 }
 

@@ -6,15 +6,10 @@ copied into all others; vectors that would start at zero get random values, so t
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
-import io
-import logging
-import tempfile
-import warnings
-from collections.abc import Callable, Iterator
-from pathlib import Path
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,30 +18,51 @@ from torch import Tensor, nn
 from vitfast.models.layouts import from_hugging_face, from_torchvision
 from vitfast.models.reference import reference_forward
 from vitfast.models.registry import create_model
+from vitfast.models.table import CONFIGS
 from vitfast.models.vit import VisionTransformer
 
+from .graph_runtimes import graph_runtimes
 from .harness import TORCH_DTYPE, Case, Provider, Work
-from .peers import compiled, installed
+from .peers import attempt, compiled, installed
+from .presets import along, distinct
 
 OPS = ("model",)
 PEERS = ("timm", "torchvision", "transformers", "onnxruntime", "openvino")
 DEFAULTS: dict[str, int | str] = {"model": "vit_base_patch16_224", "B": 8}
+# Axes that replace the named model's own: tokens (so the image's side), width (heads of 64), number of blocks.
+OPTIONAL: dict[str, int | str] = {"L": 197, "D": 768, "depth": 12}
+_HEAD_DIM = 64
+_TOKENS = (197, 577, 1025, 2305, 4097)  # images of 224, 384, 512, 768 and 1024 pixels in patches of 16
 SHAPES: dict[str, list[dict[str, int | str]]] = {
     "overview cpu": [{"model": "vit_tiny_patch16_224", "B": 4}],
     "overview cuda": [{"B": 64}],
-    "cpu": [{"model": "vit_small_patch16_224"}, {"B": 8}],
+    "cpu": [
+        {"model": "vit_small_patch16_224"},
+        {"B": 8},
+        {"model": "vit_tiny_patch16_224", "B": 1},
+        {"model": "vit_small_patch16_224", "B": 1},
+    ],
     "cuda": [
         {"B": 256},
         {"B": 1},
         {"model": "vit_small_patch16_224", "B": 512},
         {"model": "vit_large_patch16_224", "B": 64},
     ],
-    "growth": [{"model": "vit_tiny_patch16_224", "B": batch} for batch in (1, 2, 4, 8, 16)],
-    "growth cuda": [{"B": batch} for batch in (1, 8, 64, 256, 512)],
+    "growth": distinct(
+        along("L", _TOKENS, {"model": "vit_tiny_patch16_224", "B": 1}),
+        along("B", (1, 4, 16, 64), {"model": "vit_tiny_patch16_224"}),
+        along("D", (192, 384, 576, 768), {"model": "vit_tiny_patch16_224", "B": 1}),
+        along("depth", (3, 6, 12, 24), {"model": "vit_tiny_patch16_224", "B": 1}),
+    ),
+    "growth cuda": distinct(
+        along("L", _TOKENS, {"model": "vit_base_patch16_224", "B": 8}),
+        along("B", (1, 8, 64, 256, 512), {"model": "vit_base_patch16_224"}),
+        along("D", (192, 384, 768, 1024, 1280), {"model": "vit_base_patch16_224", "B": 64}),
+        along("depth", (3, 6, 12, 24, 48), {"model": "vit_base_patch16_224", "B": 64}),
+    ),
     "dry": [{"model": "vit_tiny_patch16_224", "B": 1, "depth": 1}],
 }
 _GATE_SAMPLES = 2
-_QUIET = ("torch.onnx", "onnxscript", "transformers", "openvino")
 
 
 def case(op: str, shape: dict[str, int | str], dtype: str, device: str) -> Case:
@@ -79,7 +95,7 @@ class Models:
 
     def __init__(self, shape: dict[str, int | str], dtype: str, device: str) -> None:
         self.name, self.batch = str(shape["model"]), int(shape["B"])
-        self.overrides: dict[str, Any] = {"depth": int(shape["depth"])} if "depth" in shape else {}
+        self.overrides = overrides_of(shape)
         self.device, self.kind = device, TORCH_DTYPE[dtype] if dtype != "autocast" else torch.float32
         torch.manual_seed(0)
         ours = create_model(self.name, **self.overrides)
@@ -123,13 +139,11 @@ class Models:
         model.load_state_dict(self.weights)
         return self.place(model)
 
-    def torchvision(self) -> nn.Module | None:
-        """None where torchvision has no such architecture."""
+    def torchvision(self) -> nn.Module:
+        """For architectures that ``plain_vit`` knows; torchvision has no others."""
         from torchvision.models import VisionTransformer as Theirs
 
         config = self.ours.config
-        if not _plain_vit(config):
-            return None
         model = Theirs(
             image_size=config.image_hw[0],
             patch_size=config.patch_size,
@@ -144,7 +158,28 @@ class Models:
         return self.place(model)
 
 
-def _plain_vit(config: Any) -> bool:
+def overrides_of(shape: Mapping[str, int | str]) -> dict[str, Any]:
+    """What L, D and depth mean for ``create_model``. Raises ValueError where no model has that size."""
+    found: dict[str, Any] = {}
+    if "depth" in shape:
+        found["depth"] = int(shape["depth"])
+    if "D" in shape:
+        D = int(shape["D"])
+        if D % _HEAD_DIM:
+            raise ValueError(f"D is {D}; allowed: multiples of {_HEAD_DIM}, the width of a head")
+        found |= {"embed_dim": D, "num_heads": D // _HEAD_DIM}
+    if "L" in shape:
+        config = CONFIGS.get(str(shape["model"]))
+        prefix, patch = (config.num_prefix_tokens, config.patch_size) if config is not None else (1, 16)
+        L = int(shape["L"])
+        grid = math.isqrt(max(L - prefix, 0))
+        if not grid or grid * grid + prefix != L:
+            raise ValueError(f"L is {L}; allowed: {prefix} more than a square, as {prefix + 14**2} or {prefix + 24**2}")
+        found["img_size"] = grid * patch
+    return found
+
+
+def plain_vit(config: Any) -> bool:
     """The paper's own architecture: what torchvision and transformers call ViT."""
     return (
         config.class_token
@@ -170,7 +205,7 @@ def _fill(model: nn.Module) -> None:
 
 def _hugging_face(ours: VisionTransformer) -> Any:
     """transformers' model of this architecture, random weights; None where it is not installed or has no such model."""
-    if not installed("transformers") or not _plain_vit(ours.config):
+    if not installed("transformers") or not plain_vit(ours.config):
         return None
     from transformers import ViTConfig, ViTForImageClassification
 
@@ -223,102 +258,34 @@ def forward_work(config: Any, B: int, element: int) -> list[Work]:
 
 def _providers(models: Models) -> list[Provider]:
     forward = ("forward",)
-    low_bits = models.kind != torch.float32
     found = [
         Provider("vitfast", _of(models.ours), ours=True, directions=forward),
         Provider("vitfast torch.compile", compiled(_of(models.ours)), ours=True, directions=forward, slow=True),
         Provider("pytorch eager", models.reference, directions=forward),
     ]
-    compile_options = {"options": {"freezing": True}} if models.device == "cpu" else {}
     label = "torch.compile freezing" if models.device == "cpu" else "torch.compile"
     source: Callable[..., Tensor] = models.reference
     if installed("timm"):
-        timm_model = models.timm()
-        found.append(Provider("timm", _of(timm_model), directions=forward))
-        source, label = _of(timm_model), f"timm {label}"
-    found.append(Provider(label, compiled(source, **compile_options), directions=forward))
-    found.append(
-        Provider(f"{label} max-autotune", compiled(source, mode="max-autotune"), directions=forward, slow=True)
-    )
-    if installed("torchvision") and (theirs := models.torchvision()) is not None:
-        found.append(Provider("torchvision", _of(theirs), directions=forward))
+        timm = attempt("timm", lambda: Provider("timm", _of(models.timm()), directions=forward))
+        found.append(timm)
+        source, label = timm.run, f"timm {label}"
+    # freezing folds and packs the weights; without it the CPU's compiled model is slower than it has to be
+    ways: dict[str, bool | str] = {"freezing": True} if models.device == "cpu" else {}
+    searched = torch._inductor.list_mode_options("max-autotune")  # type: ignore[attr-defined]
+    found.append(Provider(label, compiled(source, options=ways), directions=forward))
+    best = compiled(source, options=searched | ways)
+    found.append(Provider(f"{label} max-autotune", best, directions=forward, slow=True))
+    if installed("torchvision") and plain_vit(models.ours.config):
+        found.append(
+            attempt("torchvision", lambda: Provider("torchvision", _of(models.torchvision()), directions=forward))
+        )
     if models.hugging_face is not None:
         hugging_face = models.place(models.hugging_face)
         found.append(Provider("transformers", lambda images: hugging_face(images).logits, directions=forward))
     if models.device == "cpu" and installed("timm") and installed("onnx"):
-        found += _graph_runtimes(models, low_bits)
+        found += graph_runtimes(models)
     return found
 
 
 def _of(model: nn.Module) -> Callable[..., Tensor]:
     return lambda images: model(images)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporters' chatter, which would break the progress bar."""
-    levels = {name: logging.getLogger(name).level for name in _QUIET}
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        for name in levels:
-            logging.getLogger(name).setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for name, level in levels.items():
-                logging.getLogger(name).setLevel(level)
-
-
-def _graph_runtimes(models: Models, low_bits: bool) -> list[Provider]:
-    """ONNX Runtime (fp32) and OpenVINO (fp32, bf16) on timm's model, with as many threads as PyTorch."""
-    import timm
-
-    exported = timm.create_model(models.name, **models.overrides).eval()
-    exported.load_state_dict(models.weights)
-    images = models.images().float()
-    found = []
-    with tempfile.TemporaryDirectory() as folder, _quiet():
-        path = str(Path(folder) / "model.onnx")
-        torch.onnx.export(exported, (images,), path, dynamo=False, opset_version=17)
-        if installed("onnxruntime") and not low_bits:
-            found.append(_onnx_runtime(path))
-        if installed("openvino"):
-            found.append(_openvino(path, low_bits))
-    return found
-
-
-def _onnx_runtime(path: str) -> Provider:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-
-    def run(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {name: images.numpy()})[0])
-
-    return Provider("ONNX Runtime", _single(run), directions=("forward",), memory=False)
-
-
-def _openvino(path: str, low_bits: bool) -> Provider:
-    import openvino
-
-    settings = {
-        "INFERENCE_PRECISION_HINT": "bf16" if low_bits else "f32",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "PERFORMANCE_HINT": "LATENCY",
-    }
-    core = openvino.Core()
-    request = core.compile_model(core.read_model(path), "CPU", settings).create_infer_request()
-
-    def run(images: Tensor) -> Tensor:
-        return torch.from_numpy(request.infer([images.numpy()])[0].copy())
-
-    note = "fp32 images in, bf16 inside" if low_bits else ""
-    return Provider("OpenVINO", _single(run), directions=("forward",), memory=False, note=note)
-
-
-def _single(run: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
-    """These runtimes take fp32 images; the exported graph is of one batch size."""
-    return lambda images: run(images.detach().float().contiguous())

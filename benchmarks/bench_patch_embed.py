@@ -16,6 +16,7 @@ from vitfast.ops.patch_embed import patch_embed, patch_embed_ref
 
 from .harness import TORCH_DTYPE, Case, Provider, Work
 from .peers import own_providers, plain_providers
+from .presets import along, distinct
 
 OPS = ("patch_embed", "patch_embed_uint8")
 PEERS: tuple[str, ...] = ()
@@ -25,8 +26,16 @@ SHAPES: dict[str, list[dict[str, int | str]]] = {
     "overview cuda": [{"B": 128}],
     "cpu": [{}, {"B": 4, "P": 14, "D": 1024}],
     "cuda": [{"B": 256}, {"B": 64, "P": 14, "D": 1280}, {"B": 1}],
-    "growth": [{"B": batch} for batch in (1, 2, 4, 8, 16)],
-    "growth cuda": [{"B": batch} for batch in (1, 4, 16, 64, 256, 512)],
+    "growth": distinct(
+        along("S", (224, 384, 512, 768, 1024), {"B": 1, "P": 16, "D": 384}),
+        along("B", (1, 2, 4, 8, 16, 32), {"S": 224, "P": 16, "D": 384}),
+        along("D", (192, 384, 768, 1280), {"B": 4, "S": 224, "P": 16}),
+    ),
+    "growth cuda": distinct(
+        along("S", (224, 384, 512, 768, 1024), {"B": 16, "P": 16, "D": 768}),
+        along("B", (1, 4, 16, 64, 256, 512), {"S": 224, "P": 16, "D": 768}),
+        along("D", (192, 384, 768, 1280), {"B": 64, "S": 224, "P": 16}),
+    ),
     "dry": [{"B": 1, "S": 8, "P": 4, "D": 32}],
 }
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

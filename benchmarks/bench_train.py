@@ -16,21 +16,30 @@ from torch import Tensor, nn
 from vitfast.models.config import RECOMPUTES
 from vitfast.models.reference import reference_forward
 
+from . import bench_model
 from .bench_model import Models, forward_work
 from .harness import TORCH_DTYPE, Case, Provider, Work
-from .peers import compiled, installed
+from .peers import attempt, compiled, installed
+from .presets import along, distinct
 
 OPS = ("train",)
 MEMORY_OPS = ("memory",)
 PEERS = ("timm",)
 DEFAULTS: dict[str, int | str] = {"model": "vit_small_patch16_224", "B": 8}
+OPTIONAL = bench_model.OPTIONAL
 SHAPES: dict[str, list[dict[str, int | str]]] = {
     "overview cpu": [{"model": "vit_tiny_patch16_224", "B": 2}],
     "overview cuda": [{"model": "vit_base_patch16_224", "B": 64}],
     "cpu": [{}],
     "cuda": [{"model": "vit_base_patch16_224", "B": 256}, {"B": 256}],
-    "growth": [{"model": "vit_tiny_patch16_224", "B": batch} for batch in (1, 2, 4, 8)],
-    "growth cuda": [{"model": "vit_base_patch16_224", "B": batch} for batch in (8, 32, 128, 256)],
+    "growth": distinct(
+        along("B", (1, 2, 4, 8, 16), {"model": "vit_tiny_patch16_224"}),
+        along("L", (197, 577, 1025), {"model": "vit_tiny_patch16_224", "B": 1}),
+    ),
+    "growth cuda": distinct(
+        along("B", (8, 32, 128, 256), {"model": "vit_base_patch16_224"}),
+        along("L", (197, 577, 1025, 2305), {"model": "vit_base_patch16_224", "B": 8}),
+    ),
     "dry": [{"model": "vit_tiny_patch16_224", "B": 1, "depth": 1}],
 }
 MEMORY_SHAPES: dict[str, list[dict[str, int | str]]] = {
@@ -108,10 +117,16 @@ def _providers(models: Models, labels: Tensor, autocast: bool) -> list[Provider]
         found.append(make(f"vitfast {policy}", ours, ours, ours=True))
     found.append(make("pytorch eager", models.ours, functools.partial(reference_forward, models.ours)))
     if installed("timm"):
-        model = models.timm()
-        found.append(make("timm", model, model))
-        model = models.timm()  # compiling takes minutes on a CPU, so there it runs only when named
-        found.append(make("timm torch.compile", model, compiled(model), slow=models.device == "cpu"))
+
+        def timm() -> Provider:
+            model = models.timm()
+            return make("timm", model, model)
+
+        def timm_compiled() -> Provider:
+            model = models.timm()  # compiling takes minutes on a CPU, so there it runs only when named
+            return make("timm torch.compile", model, compiled(model), slow=models.device == "cpu")
+
+        found += [attempt("timm", timm), attempt("timm torch.compile", timm_compiled, slow=models.device == "cpu")]
     return found
 
 

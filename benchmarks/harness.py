@@ -34,6 +34,10 @@ class DeviceLost(RuntimeError):
     """A provider left the GPU in a state in which nothing runs any more; the message names the provider."""
 
 
+class TooLong(RuntimeError):
+    """One call takes longer than the settings allow."""
+
+
 @dataclass(frozen=True)
 class Work:
     """The least that one part of a call must do: bytes moved and floating-point operations."""
@@ -51,9 +55,10 @@ class Provider:
         run: called with the case's inputs by name; returns the result or a tuple of results.
         ours: whether it is vitfast.
         directions: what it can do.
+        fresh: makes a ``run`` that was never called, whose first call shows the peak memory; for a runtime that keeps its
+            memory from call to call, where ``run`` would show nothing.
         slow: not run unless named in ``--providers`` (takes minutes to start, or is no fair time).
         note: goes to every row.
-        memory: whether its peak memory can be seen from here.
         step: what is timed as "both" where that is more than a forward and a backward pass (an optimizer's step).
         forward: the forward pass whose kept memory counts; None: ``run``.
         parameters: tensors that are no inputs and that do not count as kept memory (a model's).
@@ -65,7 +70,7 @@ class Provider:
     directions: tuple[str, ...] = ("forward", "backward", "both")
     slow: bool = False
     note: str = ""
-    memory: bool = True
+    fresh: Callable[[], Run] | None = None
     step: Run | None = None
     forward: Run | None = None
     parameters: tuple[Tensor, ...] = ()
@@ -132,6 +137,7 @@ class Settings:
         directions: of ("forward", "backward", "both"); None for all the case has.
         providers: shell patterns of provider names; "!pattern" leaves out. Empty: all but the slow ones.
         timing: the stopwatch's on a GPU; None for the case's own.
+        longest: seconds; who takes longer for one call gets no time, only a note. None: no limit.
         report: called with one line of text as work goes on.
     """
 
@@ -139,6 +145,7 @@ class Settings:
     directions: tuple[str, ...] | None = None
     providers: tuple[str, ...] = ()
     timing: str | None = None
+    longest: float | None = None
     report: Callable[[str], None] = field(default=lambda text: None)
 
     def wants(self, provider: Provider) -> bool:
@@ -187,7 +194,7 @@ def run_case(case: Case, machine: Mapping[str, Any], settings: Settings) -> list
                 refused[provider.name] = f"wrong: {reason}"
         except Exception as error:  # any library's: the others go on, the row says why this one did not
             raise_if_lost(case.device, provider.name, error)
-            refused[provider.name] = f"failed: {_first_line(error)}"
+            refused[provider.name] = f"failed: {first_line(error)}"
     del gate
     rows = []
     for direction in directions:
@@ -200,7 +207,7 @@ def _results_only(gate: Gate) -> Gate:
     return Gate(truth, gate.plain, gate.samples, gate.floor)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or "no message"
     return f"{type(error).__name__}: {text[:160]}"
 
@@ -211,7 +218,7 @@ def raise_if_lost(device: str, provider: str, error: BaseException) -> None:
         try:
             torch.cuda.synchronize()
         except Exception:
-            raise DeviceLost(f"{provider}: {_first_line(error)}") from error
+            raise DeviceLost(f"{provider}: {first_line(error)}") from error
 
 
 def _direction_rows(
@@ -244,16 +251,20 @@ def _direction_rows(
         contender = Contender(provider, direction, copies, case.grads)
         settings.report(f"{case.title}: {direction}, {provider.name}")
         try:
-            contender.warm_up(case.device)
-            row.peak_mib, reason = peak_mib(contender.one(), case.device) if provider.memory else (None, "")
+            contender.warm_up(case.device, settings.longest)
+            call = functools.partial(provider.fresh(), **copies[0]) if provider.fresh else contender.one()
+            row.peak_mib, reason = peak_mib(call, case.device)
+            del call
             row.note = "; ".join(n for n in (row.note, reason) if n)
             if direction != "forward":
                 own = [t for copy in copies for t in copy.values() if t is not None] + list(provider.parameters)
                 row.kept_mib = kept_mib(contender.forward_only, own)
             contenders[row.provider] = contender
+        except TooLong as error:
+            row.note = f"left out: {error}"
         except Exception as error:  # as in the gate
             raise_if_lost(case.device, provider.name, error)
-            row.note = f"failed: {_first_line(error)}"
+            row.note = f"failed: {first_line(error)}"
     if case.timed:
         settings.report(f"{case.title}: {direction}, {len(contenders)} providers in turn")
         timing = case.timing if case.timing == "queue" else settings.timing or case.timing
@@ -333,9 +344,14 @@ class Contender:
     def one(self) -> Call:
         return self.calls(1)[0]
 
-    def warm_up(self, device: str) -> None:
-        """Two calls, the first pays for compilation and caches, the second says how long one takes."""
-        clocked(self.one(), device)
+    def warm_up(self, device: str, longest: float | None = None) -> None:
+        """Two calls, the first pays for caches, the second says how long one takes.
+
+        Raises TooLong where the first takes more than ``longest`` seconds; what compiles did so in the gate.
+        """
+        first, _ = clocked(self.one(), device)
+        if longest is not None and first > 1e3 * longest:
+            raise TooLong(f"one call takes {first / 1e3:.1f} s, the limit is {longest:g}")
         self.ms, self.host_us = clocked(self.one(), device)
 
 

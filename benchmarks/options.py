@@ -6,14 +6,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .schema import DIRECTIONS, DTYPES
+from .schema import DIRECTIONS, DTYPES, PRESETS
 
 if TYPE_CHECKING:
     from .suites import Item, Session
 
 SUITES = ("attention", "patch_embed", "layer_norm", "mlp", "model", "train", "accelerate", "overhead", "memory")
-PRESETS = ("overview", "standard", "growth", "dry")
-OVERVIEW_MINUTES = 1.7  # then no new case starts, so that the last one ends at about two
+MINUTES = {"overview": 1.7, "smoke": 0.6}  # then no new case starts, so that the last one ends at about two, and one
 TIMINGS = ("device", "host", "graph")
 _DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -54,11 +53,18 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preset",
         choices=PRESETS,
-        help="overview: a few small cases; standard: the cases of a suite; growth: one axis growing, with the exponent; "
-        "dry: tiny, only to see that everything runs (default: standard, overview without a name)",
+        help="overview: a few small cases; standard: the cases of a suite; growth: one axis after the other growing, with "
+        "the exponents; threads: from one CPU thread to all; smoke: a minute of small cases, for CI; dry: tiny, only to see "
+        "that everything runs (default: standard, overview without a name)",
     )
     parser.add_argument("--seconds", type=_positive, default=2.0, help="of timing for each case and pass (default 2)")
     parser.add_argument("--minutes", type=_positive, help="start no new case after so many minutes (overview: 1.7)")
+    parser.add_argument(
+        "--longest",
+        type=_positive,
+        metavar="SECONDS",
+        help="leave out whoever takes longer for one call (default: growth and threads 10, smoke 3)",
+    )
     parser.add_argument("--timing", choices=TIMINGS, help="GPU: device time, host time, or a CUDA graph's")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: PyTorch's")
 
@@ -69,7 +75,7 @@ def run(names: tuple[str, ...], args: argparse.Namespace, command: str, path: Pa
 
     start = time.monotonic()
     session, items = prepare(names, args, command, path)
-    minutes = args.minutes or (OVERVIEW_MINUTES if preset_of(names, args) == "overview" else None)
+    minutes = args.minutes or MINUTES.get(preset_of(names, args))
     return session.run(items, None if minutes is None else start + 60 * minutes)
 
 
@@ -84,7 +90,8 @@ def prepare(
     import torch
 
     from .harness import Settings
-    from .suites import Session, overview_settings, plan
+    from .presets import adjusted
+    from .suites import Session, plan
 
     if args.threads is not None:
         if args.threads < 1:
@@ -95,12 +102,13 @@ def prepare(
         raise ValueError("--device cuda, but PyTorch finds no CUDA GPU here")
     preset = preset_of(names, args)
     items = plan(names, device, preset, args.shapes, args.dtype)
+    if preset == "threads" and device != "cpu":
+        raise ValueError("--preset threads compares numbers of CPU threads; it needs --device cpu")
     settings = Settings(
         seconds=args.seconds,
         directions=tuple(args.direction) if args.direction else None,
         providers=tuple(args.providers),
         timing=args.timing,
+        longest=args.longest,
     )
-    if preset == "overview":
-        settings = overview_settings(settings)
-    return Session(device, command, settings, path), items
+    return Session(device, command, adjusted(settings, preset), path, preset), items

@@ -68,6 +68,19 @@ def absent(modules: Iterable[str], device: str) -> list[dict[str, str]]:
     return entries
 
 
+def attempt(name: str, make: Callable[[], Provider], **options: Any) -> Provider:
+    """``make()``; if it fails, a provider that fails with the same error, so that the row says why and the others run."""
+    try:
+        return make()
+    except Exception as error:
+        reason = error
+
+    def fail(**inputs: Any) -> Any:
+        raise reason
+
+    return Provider(name, fail, **options)
+
+
 def compiled(run: Callable[..., Any], **options: Any) -> Run:
     """torch.compile for the one shape at hand; compiled at the first call."""
     return torch.compile(run, dynamic=False, **options)
@@ -88,7 +101,7 @@ def own_providers(op: str, run: Callable[..., Any], device: str, dtype: torch.dt
     for backend in TABLE[op]:
         if backend.why_not(device, (dtype,), True) is not None:
             continue
-        interpreted = backend.name == "triton" and device == "cpu"
+        interpreted = backend.name.startswith("triton") and device == "cpu"
         found.append(
             Provider(
                 f"vitfast {backend.name}",

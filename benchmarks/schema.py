@@ -1,7 +1,7 @@
 """The result file: what it says, how it is checked, how it is written.
 
 One JSON object: ``schema`` (this layout's number), ``machine``, ``versions``, ``commit``, ``dirty``, ``date``, ``command``,
-``rows`` and ``absent``. ``FIELDS`` describes a row; docs/performance.md prints the same table.
+``preset``, ``rows`` and ``absent``. ``FIELDS`` describes a row; docs/performance.md prints the same table.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-SCHEMA = 1
+SCHEMA = 2
 DTYPES = ("float32", "bfloat16", "float16", "autocast")
 DIRECTIONS = ("forward", "backward", "both")
+PRESETS = ("overview", "standard", "growth", "threads", "smoke", "dry")
 
 
 @dataclasses.dataclass
@@ -95,6 +96,7 @@ _TOP: dict[str, tuple[type, ...]] = {
     "dirty": (bool, type(None)),
     "date": (str,),
     "command": (str,),
+    "preset": (str,),
     "rows": (list,),
     "absent": (list,),
 }
@@ -138,6 +140,8 @@ def validate(content: Any) -> None:
         _typed(name, content[name], types)
     if content["schema"] != SCHEMA:
         raise ValueError(f"schema is {content['schema']}; this vitfast reads {SCHEMA}")
+    if content["preset"] not in PRESETS:
+        raise ValueError(f"preset is {content['preset']!r}; allowed: {', '.join(PRESETS)}")
     _keys("machine", content["machine"], _MACHINE)
     for name, types in _MACHINE.items():
         _typed(f"machine.{name}", content["machine"][name], types)

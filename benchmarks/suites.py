@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import sys
 import time
@@ -25,9 +26,10 @@ from . import (
     bench_train,
     schema,
 )
-from .harness import Case, DeviceLost, Settings, run_case, shape_text
+from .harness import Case, DeviceLost, Settings, first_line, run_case, shape_text
 from .machine import measure, origin
 from .peers import absent
+from .presets import thread_counts
 
 _OP_DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16",)}
 _TRAIN_DTYPES = {"cpu": ("float32", "autocast"), "cuda": ("autocast", "bfloat16")}
@@ -35,25 +37,33 @@ _TRAIN_DTYPES = {"cpu": ("float32", "autocast"), "cuda": ("autocast", "bfloat16"
 
 @dataclass(frozen=True)
 class Suite:
-    """A set of benchmarks: its module, its ops, its shapes by preset, and the dtypes it runs in unless told."""
+    """A set of benchmarks: its module, its ops, its shapes by preset, and the dtypes it runs in unless told.
+
+    ``long`` are patterns of providers that a sweep leaves out unless they are named: they compile for every shape, or do
+    what another one does.
+    """
 
     module: ModuleType
     ops: tuple[str, ...]
     shapes: dict[str, list[dict[str, int | str]]]
     dtypes: Mapping[str, tuple[str, ...]]
+    long: tuple[str, ...] = ("*torch.compile*", "vitfast torch")
 
 
-def _suite(module: ModuleType, dtypes: Mapping[str, tuple[str, ...]] = _OP_DTYPES) -> Suite:
-    return Suite(module, module.OPS, module.SHAPES, dtypes)
+def _suite(module: ModuleType, dtypes: Mapping[str, tuple[str, ...]] = _OP_DTYPES, long: tuple[str, ...] = ()) -> Suite:
+    return Suite(module, module.OPS, module.SHAPES, dtypes, (*Suite.long, *long))
+
+
+_LONG_TRAIN = (*Suite.long, "vitfast none", "vitfast mlp", "pytorch eager")
 
 
 SUITES = {
-    "attention": _suite(bench_attention),
+    "attention": _suite(bench_attention, long=("sdpa math",)),
     "patch_embed": _suite(bench_patch_embed),
     "layer_norm": _suite(bench_layer_norm),
     "mlp": _suite(bench_mlp),
-    "model": _suite(bench_model),
-    "train": _suite(bench_train, _TRAIN_DTYPES),
+    "model": _suite(bench_model, long=("pytorch eager", "torchvision", "transformers")),
+    "train": _suite(bench_train, _TRAIN_DTYPES, _LONG_TRAIN),
     "accelerate": _suite(bench_accelerate, _TRAIN_DTYPES),
     "overhead": _suite(bench_overhead, {"cpu": ("float32",), "cuda": ("bfloat16",)}),
     "memory": Suite(bench_train, bench_train.MEMORY_OPS, bench_train.MEMORY_SHAPES, _TRAIN_DTYPES),
@@ -87,16 +97,19 @@ def plan(
     """The cases of some suites.
 
     ``shapes``: "AXIS=1,2,3" entries; their product replaces the preset's shapes, other axes keep the suite's defaults.
+    The presets growth and threads take a suite's first op only, and threads adds the axis T, the number of threads.
     Raises ValueError for an axis that the suite does not have.
     """
     items = []
     for name in names:
         suite = SUITES[name]
-        key = {"standard": device, "overview": f"overview {device}", "dry": "dry"}.get(preset, preset)
-        if preset == "growth" and device == "cuda":
-            key = "growth cuda"
-        chosen = suite.shapes[key] if not shapes else product_of(shapes, name, suite)
-        for op, shape in itertools.product(suite.ops, chosen):
+        chosen = product_of(shapes, name, suite) if shapes else suite.shapes[_key(preset, device)]
+        ops = suite.ops
+        if preset in _SWEEPS:
+            ops = ops[:1]
+        if preset == "threads":
+            chosen = [shape | {"T": n} for shape in chosen[:1] for n in thread_counts(torch.get_num_threads())]
+        for op, shape in itertools.product(ops, chosen):
             kinds = tuple(dtypes) or suite.dtypes[device]
             if preset == "overview" and not dtypes:
                 kinds = kinds[:1]
@@ -104,23 +117,58 @@ def plan(
     return items
 
 
+_SWEEPS = ("growth", "threads")
+
+
+def _key(preset: str, device: str) -> str:
+    """The name of a preset's list of shapes."""
+    if preset == "growth":
+        return "growth cuda" if device == "cuda" else "growth"
+    return {"standard": device, "threads": device, "dry": "dry"}.get(preset, f"overview {device}")
+
+
 def product_of(entries: Sequence[str], name: str, suite: Suite) -> list[dict[str, int | str]]:
     """["B=1,2", "L=64"] -> [{"B": 1, "L": 64}, {"B": 2, "L": 64}]."""
     axes: dict[str, list[int | str]] = {}
-    known = suite.module.DEFAULTS | suite.shapes["dry"][0]  # a model's depth is an axis too, without a default
+    known = suite.module.DEFAULTS | getattr(suite.module, "OPTIONAL", {}) | {"T": 1}  # T: threads, of every suite
     for entry in entries:
         axis, equals, sizes = entry.partition("=")
         if not equals or axis not in known:
-            example = shape_text(suite.module.DEFAULTS)
-            raise ValueError(f"--shapes {entry!r} does not fit {name}; its axes and defaults: {example}")
+            defaults, more = (
+                shape_text(suite.module.DEFAULTS),
+                " ".join(a for a in known if a not in suite.module.DEFAULTS),
+            )
+            raise ValueError(f"--shapes {entry!r} does not fit {name}; its axes and defaults: {defaults}; also: {more}")
         values: list[int | str] = []
         for size in sizes.split(","):
             number = isinstance(known[axis], int)
-            if number and not size.isdigit():
-                raise ValueError(f"--shapes {entry!r}: {size!r} is no whole number")
+            if number and not (size.isdigit() and int(size)):
+                raise ValueError(f"--shapes {entry!r}: {size!r} is no whole number over zero")
             values.append(int(size) if number else size)
         axes[axis] = values
     return [dict(zip(axes, sizes, strict=True)) for sizes in itertools.product(*axes.values())]
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C in the middle of a run; ``content`` is what was measured until then.
+
+    ``done`` of ``total`` cases are in it.
+    """
+
+    def __init__(self, content: dict[str, Any], done: int, total: int) -> None:
+        super().__init__()
+        self.content, self.done, self.total = content, done, total
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """So many threads of PyTorch's (and of runtimes made inside); 0 leaves them as they are."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(count or before)
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass
@@ -131,6 +179,7 @@ class Session:
     command: str
     settings: Settings
     path: Path | None = None
+    preset: str = "standard"
     content: dict[str, Any] = field(default_factory=dict)
 
     def start(self, items: Sequence[Item]) -> None:
@@ -142,35 +191,56 @@ class Session:
             "schema": schema.SCHEMA,
             "machine": measure(self.device, dtypes),
             **origin(self.command),
+            "preset": self.preset,
             "rows": [],
             "absent": absent(modules, self.device),
         }
+        if self.preset in _SWEEPS and not self.settings.providers:
+            for suite in dict.fromkeys(item.suite for item in items):
+                names = ", ".join(SUITES[suite].long)
+                self._leave_out(names, f"{suite}: not in the {self.preset} preset unless named with --providers")
 
     def run(self, items: Sequence[Item], deadline: float | None = None) -> dict[str, Any]:
         """Run the cases; ``deadline`` (time.monotonic) stops before the next one, and says so in ``absent``.
 
-        Raises DeviceLost when a kernel broke the GPU; the rows so far are written.
+        Raises:
+            DeviceLost: a kernel broke the GPU; the rows so far are written.
+            Stopped: by Ctrl-C; likewise.
         """
-        from dataclasses import asdict
-
         self.start(items)
         with progress(len(items)) as (report, advance):
-            self.settings.report = report
-            for item in items:
+            for i, item in enumerate(items):
                 if deadline is not None and time.monotonic() > deadline:
                     self._leave_out(item.title, "no time left for it")
                     continue
                 try:
-                    rows = run_case(item.case(self.device), self.content["machine"], self.settings)
-                    self.content["rows"] += [asdict(row) for row in rows]
-                except torch.OutOfMemoryError as error:
-                    self._leave_out(item.title, f"out of memory: {' '.join(str(error).split())[:120]}")
+                    self._run_item(item, report)
+                except KeyboardInterrupt:
+                    for left in items[i:]:
+                        self._leave_out(left.title, "stopped before it was done")
+                    raise Stopped(self.content, i, len(items)) from None
                 except DeviceLost:
                     self.save()
                     raise
                 self.save()
                 advance()
         return self.content
+
+    def _run_item(self, item: Item, report: Callable[[str], None]) -> None:
+        settings = dataclasses.replace(self.settings, report=report)
+        if self.preset in _SWEEPS and not settings.providers:
+            settings.providers = tuple(f"!{pattern}" for pattern in SUITES[item.suite].long)
+        try:
+            with threads(int(item.shape.get("T", 0))):
+                rows = run_case(item.case(self.device), self.content["machine"], settings)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            self._leave_out(item.title, f"out of memory: {first_line(error)}")
+        except RuntimeError as error:  # PyTorch's own on a CPU has no type
+            if "can't allocate memory" not in str(error):
+                raise
+            self._leave_out(item.title, f"out of memory: {first_line(error)}")
+        else:
+            self.content["rows"] += [dataclasses.asdict(row) for row in rows]
 
     def _leave_out(self, title: str, reason: str) -> None:
         self.content["absent"].append({"provider": title, "reason": reason, "install": ""})
@@ -204,10 +274,3 @@ def progress(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[], N
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("measuring the machine", total=total)
         yield lambda text: bar.update(task, description=text), lambda: bar.advance(task)
-
-
-def overview_settings(settings: Settings) -> Settings:
-    """The two-minute run: nobody who takes half a minute to start."""
-    settings.providers = settings.providers or ("!*torch.compile*",)
-    settings.seconds = min(settings.seconds, 1.0)
-    return settings

@@ -40,6 +40,9 @@ STABLE_TORCH_LIBRARY(vitfast_C, m) {
         "linear(Tensor x, Tensor weight, bool transposed, Tensor? bias, str activation, Tensor? residual, Tensor? "
         "scale, "
         "Tensor? drop_path, Tensor(a!)? before, Tensor(b!) out) -> ()");
+    m.def(
+        "int8_linear(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor packed, Tensor start, "
+        "Tensor weight_scale, Tensor? bias, str activation, Tensor? residual, Tensor? scale, Tensor(a!) out) -> ()");
     m.def("linear_weight_grad(Tensor d_out, Tensor x, Tensor(a!) d_weight) -> ()");
     m.def(
         "norm_attention_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor qkv_weight, Tensor? "

@@ -26,8 +26,8 @@ from vitfast.train.evaluate import evaluate
 from vitfast.train.loader import eval_batches
 
 MERGED = (0, 1, 2, 4, 6, 8, 12, 16)
-ROUNDS = 5
-TIMED_IMAGES = 256
+ROUNDS = 3
+TIMED_IMAGES = 64
 
 
 def main() -> None:
@@ -70,7 +70,14 @@ def measure(checkpoint: Path) -> dict[str, Any]:
             }
         )
     threads = torch.get_num_threads()
-    about = {"model": spec["name"], "settings": spec["kwargs"], "dataset": info.name, "images": found.images}
+    about = {
+        "model": spec["name"],
+        "settings": spec["kwargs"],
+        "dataset": info.name,
+        "images": found.images,
+        "trained_epochs": content["progress"]["epoch"],
+        "planned_epochs": content["config"]["epochs"],
+    }
     return about | {"threads": threads, "torch": torch.__version__, "rows": rows}
 
 

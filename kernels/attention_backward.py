@@ -38,7 +38,7 @@ from .attention_tiles import (
     store_tile,
     zeros_tile,
 )
-from .configs import DELTA_ROWS, attention_backward_config, tail_size
+from .configs import attention_backward_config, delta_rows, tail_size
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -411,10 +411,12 @@ def attention_backward(
         _one_pass_kernel[(programs,)](
             d_out, qkv, out, bias, hidden, cu_seqlens, *heads, lse, delta, d_qkv, q_partials, k_partials, scale, seqlen,
             T, steps, *shape, config.step, *config.chunks, precision, num_warps=config.warps, num_stages=config.stages,
+            maxnreg=config.registers,
         )  # fmt: skip
     else:
         delta = torch.empty_like(lse)
-        _delta_kernel[(triton.cdiv(T, DELTA_ROWS), H)](out, d_out, delta, T, H, options.pieces(E)[1], DELTA_ROWS)
+        rows = delta_rows(E)
+        _delta_kernel[(triton.cdiv(T, rows), H)](out, d_out, delta, T, H, options.pieces(E)[1], rows)
         programs = triton.cdiv(max_seqlen, config.own) * H * sequences
         q_partials, k_partials = gradient_partials(d_q_norm, programs), gradient_partials(d_k_norm, programs)
         # A program's own keys and its steps of queries for dK and dV, its own queries and steps of keys for dQ.
@@ -423,7 +425,7 @@ def attention_backward(
                 d_out, qkv, bias, hidden, cu_seqlens, *heads, lse, delta, d_qkv, partials, scale, seqlen,
                 T, triton.cdiv(max_seqlen, config.own), *shape,
                 config.own, config.step, tail_size(config.step, seqlen, qkv.dtype), precision,
-                num_warps=config.warps, num_stages=config.stages,
+                num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
             )  # fmt: skip
     sum_gradients(q_partials, d_q_norm)
     sum_gradients(k_partials, d_k_norm)

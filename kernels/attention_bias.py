@@ -97,7 +97,8 @@ def attention_bias_gradient(
     chip = device.device_properties(qkv.device)
     sequences = count_sequences(T, cu_seqlens, seqlen)
     bias_sequences, bias_heads, L, _ = d_bias.shape
-    config = bias_gradient_config(E, qkv.dtype, chip.arch, options.active)
+    precision = device.dot_precision(qkv.dtype)
+    config = bias_gradient_config(E, qkv.dtype, precision, chip.arch, options.active)
     blocks = triton.cdiv(L, config.tile)
     tiles = bias_sequences * bias_heads * blocks * blocks
     members = sequences // bias_sequences * (H // bias_heads)
@@ -105,9 +106,8 @@ def attention_bias_gradient(
     partials = d_bias if parts == 1 else d_bias.new_empty(1, parts, d_bias.numel())
     _bias_gradient_kernel[(tiles, parts)](
         d_out, qkv, bias, padding, cu_seqlens, *options.arguments(seqlen), lse, delta, partials, scale, seqlen, T,
-        sequences, blocks, bias_sequences, bias_heads, *bias_strides(bias), H, *options.constants(E), config.tile,
-        device.dot_precision(qkv.dtype),
-        num_warps=config.warps, num_stages=1,
+        sequences, blocks, bias_sequences, bias_heads, *bias_strides(bias), H, *options.constants(E), config.tile, precision,
+        num_warps=config.warps, num_stages=1, maxnreg=config.registers,
     )  # fmt: skip
     if parts > 1:
         sum_partials(partials, d_bias)

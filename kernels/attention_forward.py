@@ -270,9 +270,12 @@ def attention_forward(
         *bias_strides(bias), H, *options.constants(E),
     )  # fmt: skip
     if config.chunks:
-        _one_pass_kernel[grid](*arguments, config.queries, *config.chunks, precision, num_warps=config.warps)
+        _one_pass_kernel[grid](
+            *arguments, config.queries, *config.chunks, precision, num_warps=config.warps, maxnreg=config.registers
+        )
     else:
         tail = tail_size(config.keys, seqlen, qkv.dtype)
         _looped_kernel[grid](
-            *arguments, config.queries, config.keys, tail, precision, num_warps=config.warps, num_stages=config.stages
-        )
+            *arguments, config.queries, config.keys, tail, precision, num_warps=config.warps, num_stages=config.stages,
+            maxnreg=config.registers,
+        )  # fmt: skip

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_tiles import load_tile, row_dots, store_tile
+from .attention_tiles import load_tile, offsets_of, row_dots, store_tile
 from .configs import next_power_of_two, split_head_dim
 from .reduce import sum_many_partials
 
@@ -38,7 +38,7 @@ def _load_table(table, rows, length, prefix, OTHER: tl.constexpr, HEAD: tl.const
     WIDTH: tl.constexpr = 2 * E0 if PAIRS == 2 and COLUMNS == E else E0
     VALID: tl.constexpr = E if PAIRS == 2 and COLUMNS == E else E // 2
     local = tl.arange(0, WIDTH)
-    at = table + rows.to(tl.int64)[:, None] * COLUMNS + local[None, :]
+    at = table + offsets_of(rows, COLUMNS, 0, WIDTH)
     mask = ((rows >= prefix) & (rows < length))[:, None] & (local < VALID)[None, :]
     first = tl.load(at, mask=mask, other=OTHER)
     if COLUMNS < E:

@@ -43,13 +43,19 @@ def locate(cu_seqlens, seqlen, blocks, H: tl.constexpr):
 
 
 @triton.jit
+def offsets_of(rows, stride, FROM: tl.constexpr, WIDTH: tl.constexpr):
+    """int64 offsets [R, WIDTH] of columns FROM .. FROM + WIDTH of the given rows."""
+    return rows.to(tl.int64)[:, None] * stride + (FROM + tl.arange(0, WIDTH))[None, :]
+
+
+@triton.jit
 def load_piece(
     base, rows, stride, length, VALID: tl.constexpr, FROM: tl.constexpr, WIDTH: tl.constexpr, MASK: tl.constexpr
 ):
     """Columns FROM .. FROM + WIDTH of the given rows [R, WIDTH], of which the first VALID exist; MASK where rows can pass
     the sequence's end."""
     local = tl.arange(0, WIDTH)
-    at = rows.to(tl.int64)[:, None] * stride + (FROM + local)[None, :]
+    at = offsets_of(rows, stride, FROM, WIDTH)
     if MASK and VALID < WIDTH:
         return tl.load(base + at, mask=(rows < length)[:, None] & (local < VALID)[None, :], other=0.0)
     elif MASK:
@@ -63,7 +69,7 @@ def load_piece(
 @triton.jit
 def store_piece(base, piece, rows, stride, length, VALID: tl.constexpr, FROM: tl.constexpr, WIDTH: tl.constexpr):
     local = tl.arange(0, WIDTH)
-    at = rows.to(tl.int64)[:, None] * stride + (FROM + local)[None, :]
+    at = offsets_of(rows, stride, FROM, WIDTH)
     mask = (rows < length)[:, None] & (local < VALID)[None, :]
     tl.store(base + at, piece.to(base.dtype.element_ty), mask=mask)
 

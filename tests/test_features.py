@@ -547,7 +547,9 @@ def test_plain_reference_is_the_model(name):
     assert rel(model(images), reference_forward(model, images)) <= 1e-5
 
 
-@pytest.mark.parametrize("name", [DINO, EVA, MIXED, "vit_giant_patch14_dinov2"])
+@pytest.mark.parametrize(
+    "name", [EVA, *(pytest.param(name, marks=pytest.mark.slow) for name in (DINO, MIXED, "vit_giant_patch14_dinov2"))]
+)
 def test_new_kinds_compile_and_recompute(name):
     model = ours(name)
     images, d_logits = batch(model)
@@ -627,3 +629,18 @@ def test_bad_input_is_named():
     dropping = ours(PLAIN, patch_drop_rate=0.5)
     with pytest.raises(ValueError, match="attn_mask does not go with patch_drop_rate"):
         dropping(images, attn_mask=torch.zeros(17, 17))
+
+
+@pytest.mark.parametrize("name", [DINO])
+def test_packed_and_masked_forwards_compile_to_one_graph(name):
+    model = ours(name).eval()
+    P = model.patch_embed.patch_size[0]
+    images = [torch.randn(3, side * P, 2 * P, generator=torch.Generator().manual_seed(side)) for side in (1, 2, 1)]
+    torch.compiler.reset()
+    packed = torch.compile(model.forward_packed, fullgraph=True, backend="aot_eager")
+    assert rel(packed(images), model.forward_packed(images)) <= 1e-6
+    whole, _ = batch(model)
+    padding = torch.zeros(2, 16, dtype=torch.bool)
+    padding[1, 9:] = True
+    masked = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert rel(masked(whole, key_padding_mask=padding), model(whole, key_padding_mask=padding)) <= 1e-6

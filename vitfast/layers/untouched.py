@@ -20,7 +20,7 @@ def untouched(module: nn.Module) -> bool:
     """
     for name, kind in module.__dict__["_parts"]:
         part = getattr(module, name)
-        if type(part) is not kind or _watched(part):
+        if type(part) is not kind or watched(part):
             return False
         if isinstance(part, nn.Linear):
             if _wrapped(part.weight):
@@ -30,7 +30,8 @@ def untouched(module: nn.Module) -> bool:
     return True
 
 
-def _watched(part: nn.Module) -> bool:
+def watched(part: nn.Module) -> bool:
+    """Whether someone looks at what goes into this module or comes out of it."""
     return bool(
         part._forward_hooks
         or part._forward_pre_hooks

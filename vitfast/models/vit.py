@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from vitfast.layers.resample import resample_pos_embed
 from vitfast.layers.rope import RotaryEmbedding
 from vitfast.layers.token_merging import MERGING_BLOCKS
 from vitfast.layers.tokens import FULL, Tokens, additive
+from vitfast.layers.untouched import watched
 from vitfast.models import intermediates, packed, surgery
 from vitfast.models.config import ViTConfig, per_channel
 from vitfast.models.pooling import pool_tokens
@@ -132,7 +133,7 @@ class VisionTransformer(nn.Module):
             do not count in the pooling. As in ``torch.nn.MultiheadAttention``.
         Raises ValueError for images or masks that do not fit.
         """
-        x_BLD, tokens = self._features(images_BCHW, attn_mask, key_padding_mask)
+        x_BLD, tokens = self._features(images_BCHW, attn_mask, key_padding_mask, for_head=True)
         return self._head(x_BLD, tokens)
 
     def forward_features(
@@ -146,12 +147,25 @@ class VisionTransformer(nn.Module):
         return self._head(x_BLD, FULL, pre_logits)
 
     def _features(
-        self, images_BCHW: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None
+        self,
+        images_BCHW: Tensor,
+        attn_mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+        *,
+        for_head: bool = False,
     ) -> tuple[Tensor, Tokens]:
+        """Tokens after the final norm; ``for_head``: the class token alone [B, 1, D] where the head reads no other."""
         x_BLD, tokens = self.start(images_BCHW, attn_mask, key_padding_mask)
+        last = len(self.blocks) - 1
+        block: Any
         for i, block in enumerate(self.blocks):
-            x_BLD, tokens = self.run_block(i, block, x_BLD, tokens)
+            enough = i == last and for_head and self._class_token_is_enough(block, tokens)
+            x_BLD, tokens = self.run_block(i, block.class_token if enough else block, x_BLD, tokens)
         return self.norm(x_BLD), tokens
+
+    def _class_token_is_enough(self, block: Any, tokens: Tokens) -> bool:
+        reads_one = self.global_pool == "token" and self.attn_pool is None and not watched(self.norm)
+        return reads_one and type(block) in BLOCKS.values() and block.gives_class_token(tokens)
 
     def embed(self, images_BCHW: Tensor) -> Tensor:
         """Images to the first block's input [B, L, D]: patches, positions, prefix tokens, dropout, norm_pre."""
@@ -214,7 +228,7 @@ class VisionTransformer(nn.Module):
             mask = torch.cat([mask[:, :R], mask[:, R:].gather(1, kept_BK)], dim=1)
         return mask
 
-    def run_block(self, number: int, block: nn.Module, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tokens]:
+    def run_block(self, number: int, block: Callable[..., Any], x: Tensor, tokens: Tokens) -> tuple[Tensor, Tokens]:
         """The tokens after one block."""
         told = self.told(number, tokens)
         args = (x,) if all(part is None for part in told) else (x, told)  # other people's blocks take x alone
@@ -239,6 +253,7 @@ class VisionTransformer(nn.Module):
     reset_classifier = surgery.reset_classifier
     set_input_size = surgery.set_input_size
     prune_intermediate_layers = surgery.prune_intermediate_layers
+    set_precision = surgery.set_precision
     set_grad_checkpointing = surgery.set_grad_checkpointing
     no_weight_decay = surgery.no_weight_decay
     group_matcher = surgery.group_matcher
@@ -275,6 +290,7 @@ def _blocks(config: ViTConfig) -> Iterator[nn.Module]:
         "proj_drop": config.proj_drop_rate,
         "backend": config.backend,
         "recompute": config.block_recompute,
+        "precision": config.precision,
     }
     kind: type[nn.Module] = BLOCKS[config.block]
     if config.token_merging:

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from .arguments import POINTWISE, nothing
+from .quantize import pack_weight
 from .raw import RawKernels, even_lengths, f32
+from .weight_cache import derived
 
 
 class CpuKernels(RawKernels):
@@ -16,7 +18,7 @@ class CpuKernels(RawKernels):
 
     def __init__(self) -> None:
         super().__init__()
-        vectors_of_16 = self.functions.cpu_capability() in ("avx512", "avx512_bf16")
+        vectors_of_16 = self.functions.cpu_capability().startswith("avx512")
         self.own_dtypes = {torch.float32} if vectors_of_16 else set()
         if self.functions.cpu_capability() == "avx512_bf16" and not torch.cpu._is_amx_tile_supported():
             self.own_dtypes.add(torch.bfloat16)
@@ -95,6 +97,25 @@ class CpuKernels(RawKernels):
         out = torch.empty_like(x)
         fc1, fc2 = (fc1_weight.contiguous(), fc1_bias), (fc2_weight.contiguous(), fc2_bias)
         self.functions.norm_mlp_forward(x, *norm, *fc1, activation, *fc2, scale, out)
+        return out
+
+    def int8_linear(
+        self,
+        x: Tensor,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        eps: float,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: str,
+        residual: Tensor | None,
+        scale: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        packed = derived(weight, "int8", pack_weight)
+        out = x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
+        norm = f32(norm_weight), f32(norm_bias), eps
+        self.functions.int8_linear(x, *norm, *packed, bias, activation, residual, scale, out)
         return out
 
     def input_grad(self, d_out: Tensor, weight: Tensor) -> Tensor:
