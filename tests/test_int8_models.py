@@ -151,3 +151,26 @@ def test_autocast(calls: list[torch.dtype]) -> None:
     with torch.no_grad():
         assert rel(logits, ours(images)) < 5e-2
     assert calls[0] == torch.float32
+
+
+def test_verify_reports_it() -> None:
+    ours = model(precision="int8")
+    images, _ = batch(ours, size=8)
+    report = vitfast.verify(ours, dtypes=[torch.float32])
+    assert report.passed, str(report)
+    assert 1e-4 < report.error("int8") < 5e-2
+    assert report.error("float32") < 1e-5  # with gradients it is the same model as ever
+    assert [row.what for row in report.rows if row.dtype == "int8"] == ["logits"]
+
+    spread = model()
+    with torch.no_grad():
+        spread.head.weight.mul_(0.01)
+        spread.head.bias.copy_(torch.arange(10.0))
+    spread.set_precision("int8")
+    assert vitfast.verify(spread, images=images, dtypes=[]).error("int8", "top-1 changed") == 0.0
+    other = copy.deepcopy(spread)
+    with torch.no_grad():
+        other.head.bias.copy_(-torch.arange(10.0))
+    report = vitfast.verify(spread, other, images=images, dtypes=[])
+    assert report.error("int8", "top-1 changed") == 1.0
+    assert not report.passed
