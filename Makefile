@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 TESTS ?=
 
-.PHONY: demo test lint format aot bench-smoke gpu gpu-dry clean
+.PHONY: demo test lint format aot bench-smoke tune gpu gpu-dry clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -36,6 +36,10 @@ aot: $(VENV)/.built
 BASELINE = $(firstword $(wildcard benchmarks/results/*/smoke.json))
 bench-smoke: $(VENV)/.built
 	@$(BIN)/vitfast bench --preset smoke --out runs/bench-smoke $(if $(BASELINE),--check $(BASELINE)) || test $$? -eq 1
+
+# On a GPU: measures the library's products against ours and rewrites kernels/product_table.py. Uses PYTHON as it is.
+tune:
+	PYTHONPATH=. $(PYTHON) -m vitfast.kernels.tune
 
 # On a GPU, under ten minutes: build, parity, benchmarks; at most eight files in OUT. Uses PYTHON as it is, no .venv.
 OUT ?= runs/gpu

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitfast.models.convert import from_hugging_face, from_torchvision
+from vitfast.models.layouts import from_hugging_face, from_torchvision
 from vitfast.models.reference import reference_forward
 from vitfast.models.registry import create_model
 from vitfast.models.table import CONFIGS

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from vitfast import ops
+
 from .stopwatch import Stopwatch, clocked
 
 PACKAGES = (
@@ -36,12 +38,16 @@ _CPU_CACHE_MIB = 32.0  # assumed where the system does not say
 def measure(device: str, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)) -> dict[str, Any]:
     """The ``machine`` entry of a result file. Rates are the best of several tries: they are the floor's denominators."""
     machine = {"kind": device, "threads": torch.get_num_threads(), "cache_mib": cache_mib(device)}
-    machine |= _gpu() if device == "cuda" else _cpu()
+    return machine | (_gpu() if device == "cuda" else _cpu()) | rates(device, dtypes)
+
+
+def rates(device: str, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)) -> dict[str, Any]:
+    """What the machine reaches: copies (read and write counted), matrix products, launches, PyTorch calls."""
     copies = 256 if device == "cpu" else 1024  # MiB, well over any cache
     copy_ms = _copy_ms(copies * 2**20, device)
     small = torch.zeros(16, device=device)
     launch_ms = _best(lambda: small.add_(1), device, 0.05)
-    return machine | {
+    return {
         "copy_gb_per_s": round(2 * copies * 2**20 / copy_ms / 1e6, 1),
         "matrix_tflops": {str(d).removeprefix("torch."): round(_matrix_rate(d, device), 3) for d in dtypes},
         "launch_us": round(launch_ms * 1e3, 2),
@@ -69,10 +75,10 @@ def _best(call: Callable[[], Any], device: str, seconds: float) -> float:
 
 
 def _matrix_rate(dtype: torch.dtype, device: str) -> float:
-    """TFLOP/s of a square product; the better of PyTorch's and (on a CPU) oneDNN's own."""
+    """TFLOP/s of a square product; the best of PyTorch's, ours and (on a CPU) oneDNN's own."""
     n = 1024 if device == "cpu" else 8192
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    ways = [lambda: torch.nn.functional.linear(a, b)]
+    ways = [lambda: torch.nn.functional.linear(a, b), lambda: ops.linear(a, b)]
     if device == "cpu" and torch.backends.mkldnn.is_available():
         ways.append(lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))
     fastest = float("inf")

@@ -50,9 +50,15 @@ Shape = dict[str, int | str]
 _HEADS: list[Shape] = [
     {"B": 2, "L": length, "H": 1, "E": dim} for length in (50, 197, 257) for dim in (16, 32, 72, 80, 88, 96, 128, 256)
 ]
+_OPTIONS: list[Shape] = [
+    {"B": 2, "L": length, "H": 2, "E": dim, "with": name}
+    for length in (17, 50, 197, 201, 257, 577)
+    for dim in (64, 72, 128)
+    for name in ("rope", "qk_norm", "padding", "all")
+]
 _SEQUENCES: list[Shape] = [{"B": 1, "L": length, "H": 2, "E": 64} for length in _LENGTHS]
 _SHAPES: dict[ModuleType, list[Shape]] = {
-    bench_attention: _HEADS + _SEQUENCES,
+    bench_attention: _HEADS + _SEQUENCES + _OPTIONS,
     bench_layer_norm: [
         {"B": 2, "L": length, "D": width}
         for length, width in ((1, 64), (7, 192), (197, 384), (197, 768), (50, 1000), (33, 1280), (5, 4096), (3, 8192))
@@ -69,12 +75,11 @@ _SHAPES: dict[ModuleType, list[Shape]] = {
 
 
 def _shapes(module: ModuleType, dry: bool) -> list[Shape]:
-    tiny = [module.SHAPES["dry"][0]]
-    return [module.DEFAULTS | shape for shape in (tiny if dry else _SHAPES[module])]
+    return [module.DEFAULTS | shape for shape in (module.SHAPES["dry"] if dry else _SHAPES[module])]
 
 
 def cases(device: str, dtypes: tuple[str, ...], dry: bool) -> Iterator[tuple[str, Case]]:
-    """(name, case) of the whole sweep; ``dry`` takes each module's tiny shape only."""
+    """(name, case) of the whole sweep; ``dry`` takes each module's tiny shapes only."""
     for module in _SHAPES:
         for op in module.OPS:
             for shape in _shapes(module, dry):

@@ -4,6 +4,10 @@
 
 // The raw kernels' schemas, for every device. Outputs are allocated by the caller and passed in as Tensor(a!);
 // vitfast/ops wraps these into the public operators. Shapes are documented beside each implementation.
+#define VITFAST_HEADS                                                                                        \
+    "Tensor? cos, Tensor? sin, bool interleaved, str q_norm, str k_norm, Tensor? q_weight, Tensor? q_bias, " \
+    "Tensor? k_weight, Tensor? k_bias, float q_eps, float k_eps"
+
 STABLE_TORCH_LIBRARY(vitfast_C, m) {
     m.def(
         "layer_norm_forward(Tensor x, Tensor? branch, Tensor? scale, Tensor? drop_path, Tensor weight, Tensor bias, "
@@ -21,13 +25,13 @@ STABLE_TORCH_LIBRARY(vitfast_C, m) {
     m.def(
         "activation_backward(Tensor h, Tensor d_act, str kind, Tensor(a!) d_h, Tensor(b!)? act, Tensor(c!)? d_bias) -> "
         "()");
-    m.def(
-        "attention_forward(Tensor qkv, float scale, Tensor? bias, Tensor? padding, Tensor cu_seqlens, int max_seqlen, "
-        "Tensor(a!) out, Tensor(b!) lse) -> ()");
+    m.def("attention_forward(Tensor qkv, float scale, Tensor? bias, Tensor? padding, " VITFAST_HEADS
+          ", Tensor cu_seqlens, int max_seqlen, Tensor(a!) out, Tensor(b!) lse) -> ()");
     m.def(
         "attention_backward(Tensor d_out, Tensor qkv, Tensor out, Tensor lse, float scale, Tensor? bias, Tensor? "
-        "padding, "
-        "Tensor cu_seqlens, int max_seqlen, Tensor(a!) d_qkv, Tensor(b!)? d_bias) -> ()");
+        "padding, " VITFAST_HEADS
+        ", Tensor cu_seqlens, int max_seqlen, Tensor(a!) d_qkv, Tensor(b!)? d_bias, Tensor(c!)? d_q_norm, "
+        "Tensor(d!)? d_k_norm) -> ()");
     m.def("patchify(Tensor images, int patch, Tensor scale, Tensor shift, Tensor(a!) patches) -> ()");
     m.def("unpatchify(Tensor d_patches, int patch, Tensor scale, Tensor(a!) d_images) -> ()");
     m.def(
@@ -36,6 +40,9 @@ STABLE_TORCH_LIBRARY(vitfast_C, m) {
         "linear(Tensor x, Tensor weight, bool transposed, Tensor? bias, str activation, Tensor? residual, Tensor? "
         "scale, "
         "Tensor? drop_path, Tensor(a!)? before, Tensor(b!) out) -> ()");
+    m.def(
+        "int8_linear(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor packed, Tensor start, "
+        "Tensor weight_scale, Tensor? bias, str activation, Tensor? residual, Tensor? scale, Tensor(a!) out) -> ()");
     m.def("linear_weight_grad(Tensor d_out, Tensor x, Tensor(a!) d_weight) -> ()");
     m.def(
         "norm_attention_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor qkv_weight, Tensor? "

@@ -13,20 +13,35 @@ import triton.language as tl
 
 from . import device
 from .attention_forward import bias_strides, count_sequences
-from .attention_tiles import LOG2E, add_bias, bias_matrix, extent, load_row_sums, load_tile, multiply
-from .configs import bias_gradient_config, split_head_dim
+from .attention_heads import HeadOptions, load_heads, shift_tables
+from .attention_tiles import (
+    LOG2E,
+    bias_matrix,
+    bias_tile,
+    extent,
+    finish_logits,
+    load_row_sums,
+    load_tile,
+    multiply,
+    padding_row,
+)
+from .configs import bias_gradient_config
 from .reduce import sum_partials
 
 
-@triton.jit(do_not_specialize=["seqlen", "T", "sequences", "blocks", "bias_sequences", "bias_heads"])
+@triton.jit(do_not_specialize=["seqlen", "T", "sequences", "blocks", "bias_sequences", "bias_heads", "prefix"])
 def _bias_gradient_kernel(
-    d_out, qkv, bias, cu_seqlens, lse, delta, partials, scale, seqlen, T, sequences, blocks, bias_sequences, bias_heads,
-    bias_b, bias_h, bias_length,
-    H: tl.constexpr, E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, M: tl.constexpr, PRECISION: tl.constexpr,
+    d_out, qkv, bias, padding, cu_seqlens, cos, sin, q_norm, k_norm, prefix, lse, delta, partials, scale, seqlen, T,
+    sequences, blocks, bias_sequences, bias_heads, bias_b, bias_h, bias_length,
+    H: tl.constexpr, QK: tl.constexpr, VO: tl.constexpr, COLUMNS: tl.constexpr,
+    Q_NORM: tl.constexpr, K_NORM: tl.constexpr, M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    E: tl.constexpr = VO[0]
     tile = tl.program_id(0)
-    rows = tile % blocks * M + tl.arange(0, M)
-    cols = tile // blocks % blocks * M + tl.arange(0, M)
+    first_row = tile % blocks * M
+    first_col = tile // blocks % blocks * M
+    rows = first_row + tl.arange(0, M)
+    cols = first_col + tl.arange(0, M)
     matrix_index = tile // blocks // blocks
     G = tl.num_programs(1)
     # The group behind one matrix: all sequences or one, times all heads or one.
@@ -39,22 +54,29 @@ def _bias_gradient_kernel(
         start, length = extent(cu_seqlens, seqlen, sequence)
         base = qkv + start * 3 * H * E + head * E
         sums = head.to(tl.int64) * T + start
-        q0, q1 = load_tile(base, rows, 3 * H * E, length, E, E0, E1, True)
-        k0, k1 = load_tile(base + H * E, cols, 3 * H * E, length, E, E0, E1, True)
-        v0, v1 = load_tile(base + 2 * H * E, cols, 3 * H * E, length, E, E0, E1, True)
-        g0, g1 = load_tile(d_out + start * H * E + head * E, rows, H * E, length, E, E0, E1, True)
+        rope = (cos, sin, prefix)
+        if cos is not None:
+            rope = shift_tables(cos, sin, start, prefix, COLUMNS, cu_seqlens is not None)
+        q0, q1 = load_heads(base, rows, 3 * H * E, length, rope, q_norm, QK, COLUMNS, Q_NORM, True)
+        k0, k1 = load_heads(base + H * E, cols, 3 * H * E, length, rope, k_norm, QK, COLUMNS, K_NORM, True)
+        v0, v1 = load_tile(base + 2 * H * E, cols, 3 * H * E, length, VO, True)
+        g0, g1 = load_tile(d_out + start * H * E + head * E, rows, H * E, length, VO, True)
         row_lse, row_delta = load_row_sums(lse + sums, delta + sums, rows, length)
-        logits = multiply(q0, q1, k0, k1, E1, PRECISION) * (scale * LOG2E)
-        matrix = bias_matrix(bias, sequence, head, bias_b, bias_h)
-        logits = add_bias(logits, matrix, rows[:, None], cols[None, :], bias_length, length)
-        logits = tl.where((cols < length)[None, :], logits, float("-inf"))
+        matrix, hidden = bias, padding
+        if bias is not None:
+            matrix = bias_matrix(bias, sequence, head, bias_b, bias_h)
+        if padding is not None:
+            hidden = padding_row(padding, sequence, seqlen)
+        logits = finish_logits(
+            multiply(q0, q1, k0, k1, QK, PRECISION), matrix, hidden, rows[:, None], cols[None, :], first_row, first_col,
+            scale * LOG2E, bias_length, length, True,
+        )  # fmt: skip
         weights = tl.exp2(logits - row_lse[:, None])
-        total += weights * (multiply(g0, g1, v0, v1, E1, PRECISION) - row_delta[:, None])
-    out = partials + (tl.program_id(1) * bias_sequences * bias_heads + matrix_index).to(tl.int64) * (
-        bias_length * bias_length
-    )
-    at = rows[:, None] * bias_length + cols[None, :]
-    tl.store(out + at, total, mask=(rows < bias_length)[:, None] & (cols < bias_length)[None, :])
+        total += weights * (multiply(g0, g1, v0, v1, VO, PRECISION) - row_delta[:, None])
+    part = (tl.program_id(1) * bias_sequences * bias_heads + matrix_index).to(tl.int64)
+    out = partials + part * bias_length * bias_length
+    at = bias_tile(out, first_row, first_col, rows[:, None], cols[None, :], bias_length)
+    tl.store(at, total, mask=(rows < bias_length)[:, None] & (cols < bias_length)[None, :])
 
 
 def attention_bias_gradient(
@@ -64,6 +86,8 @@ def attention_bias_gradient(
     delta: torch.Tensor | None,
     scale: float,
     bias: torch.Tensor | None,
+    padding: torch.Tensor | None,
+    options: HeadOptions,
     cu_seqlens: torch.Tensor | None,
     seqlen: int,
     d_bias: torch.Tensor,
@@ -73,16 +97,17 @@ def attention_bias_gradient(
     chip = device.device_properties(qkv.device)
     sequences = count_sequences(T, cu_seqlens, seqlen)
     bias_sequences, bias_heads, L, _ = d_bias.shape
-    config = bias_gradient_config(E, qkv.dtype, chip.arch)
+    precision = device.dot_precision(qkv.dtype)
+    config = bias_gradient_config(E, qkv.dtype, precision, chip.arch, options.active)
     blocks = triton.cdiv(L, config.tile)
     tiles = bias_sequences * bias_heads * blocks * blocks
     members = sequences // bias_sequences * (H // bias_heads)
     parts = max(1, min(members, config.programs * chip.multiprocessors // tiles))
     partials = d_bias if parts == 1 else d_bias.new_empty(1, parts, d_bias.numel())
     _bias_gradient_kernel[(tiles, parts)](
-        d_out, qkv, bias, cu_seqlens, lse, delta, partials, scale, seqlen, T, sequences, blocks, bias_sequences,
-        bias_heads, *bias_strides(bias), H, E, *split_head_dim(E), config.tile, device.dot_precision(qkv.dtype),
-        num_warps=config.warps, num_stages=1,
+        d_out, qkv, bias, padding, cu_seqlens, *options.arguments(seqlen), lse, delta, partials, scale, seqlen, T,
+        sequences, blocks, bias_sequences, bias_heads, *bias_strides(bias), H, *options.constants(E), config.tile, precision,
+        num_warps=config.warps, num_stages=1, maxnreg=config.registers,
     )  # fmt: skip
     if parts > 1:
         sum_partials(partials, d_bias)

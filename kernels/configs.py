@@ -7,9 +7,11 @@ Nothing here was timed on a GPU yet: choices follow from registers, shared memor
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+
+from .product_table import ROWS
 
 
 def next_power_of_two(n: int) -> int:
@@ -28,6 +30,12 @@ class RowConfig:
     warps: int
     programs: int = 0
     scale_apart: bool = False
+
+    @property
+    def registers(self) -> int:
+        """The most per thread with which `programs` are resident at once; left to itself the compiler may stop at 64
+        and spill."""
+        return min(65536 // (32 * self.warps * self.programs) // 8 * 8, 248)
 
 
 @functools.cache
@@ -105,6 +113,15 @@ class AttentionConfig:
     chunks: tuple[int, ...]  # one pass: all keys, in up to three power-of-two chunks; empty: looped
     warps: int
     stages: int = 1
+    registers: int | None = None  # the most per thread; None leaves it to ptxas
+
+
+# Left alone, ptxas gives up a few registers for one more block per multiprocessor, and spills 4 to 16 bytes for it. With a
+# limit of its own it takes what it needs: 255 is the most there are, and what eight warps of one block can have.
+ALL_REGISTERS = 255
+
+# biased: with a bias or key padding, whose values pass through registers in the shape of the logits. prepared: q and k are
+# normalised or rotated on their way in.
 
 
 def attention_why_not(head_dim: int, dtype: torch.dtype) -> str | None:
@@ -117,13 +134,17 @@ def attention_why_not(head_dim: int, dtype: torch.dtype) -> str | None:
 
 @functools.cache
 def attention_forward_config(
-    length: int, head_dim: int, dtype: torch.dtype, precision: str, arch: int, biased: bool
+    length: int, head_dim: int, dtype: torch.dtype, precision: str, arch: int, biased: bool, prepared: bool
 ) -> AttentionConfig:
     if dtype == torch.float32:
         # Without tensor cores a product's operands sit in registers, 16 queries by 32 keys at the most.
         if precision == "ieee":
-            return AttentionConfig(queries=16, keys=32, chunks=(), warps=4)
-        return AttentionConfig(queries=64, keys=32, chunks=(), warps=8)
+            return AttentionConfig(queries=16, keys=32, chunks=(), warps=4, registers=ALL_REGISTERS)
+        return AttentionConfig(queries=64, keys=32, chunks=(), warps=8, registers=ALL_REGISTERS)
+    if prepared and head_dim > 64:
+        # Keys are normalised and turned in fp32 in the loop, and rotation pads each half of the head: eight warps share it.
+        queries = 64 if arch >= 90 and head_dim <= 128 else 32
+        return AttentionConfig(queries=queries, keys=32, chunks=(), warps=8, registers=ALL_REGISTERS)
     chunks = cover(length, 3)
     # One pass: a 64-row tile of 208 logits is 104 fp32 per thread in four warps, and with 96 columns of output and a
     # bias all 255 registers are taken. Wider heads leave room for fewer logits, and so does Ampere, whose products take
@@ -132,8 +153,9 @@ def attention_forward_config(
         limit = 208 if head_dim <= 96 else 128 if head_dim <= 128 else 0
     else:
         limit = 128 if head_dim <= 64 else 0
-    if arch >= 100 and biased:
-        limit = min(limit, 128)  # logits come out of tensor memory in a layout that takes more registers for the bias
+    if biased and (arch >= 100 or prepared):
+        # logits come out of tensor memory in a layout that takes more registers for the bias; Hopper's 208 leave none over
+        limit = min(limit, 128)
     if sum(chunks) <= limit:
         return AttentionConfig(queries=64, keys=0, chunks=chunks, warps=4)
     if arch >= 90:
@@ -142,7 +164,7 @@ def attention_forward_config(
         return AttentionConfig(queries=64, keys=32, chunks=(), warps=8, stages=2)
     if head_dim <= 96:
         return AttentionConfig(queries=64, keys=32, chunks=(), warps=4 if head_dim <= 64 else 8, stages=2)
-    return AttentionConfig(queries=32, keys=32, chunks=(), warps=4)
+    return AttentionConfig(queries=32, keys=32, chunks=(), warps=4, registers=ALL_REGISTERS)
 
 
 @dataclass(frozen=True)
@@ -152,27 +174,42 @@ class AttentionBackwardConfig:
     chunks: tuple[int, ...]  # one pass: all keys; empty: looped
     warps: int
     stages: int
+    registers: int | None = None
 
 
-DELTA_ROWS = 32
+@functools.cache
+def delta_rows(head_dim: int) -> int:
+    return 32 if head_dim <= 128 else 16
 
 
 @functools.cache
 def attention_backward_config(
-    length: int, head_dim: int, dtype: torch.dtype, precision: str, arch: int, biased: bool
+    length: int, head_dim: int, dtype: torch.dtype, precision: str, arch: int, biased: bool, prepared: bool
 ) -> AttentionBackwardConfig:
+    free = dtype != torch.float32 and not prepared and head_dim <= 128
+
     def looped(own: int, step: int, warps: int, stages: int = 1) -> AttentionBackwardConfig:
-        return AttentionBackwardConfig(own=own, step=step, chunks=(), warps=warps, stages=stages)
+        registers = None if free else ALL_REGISTERS
+        return AttentionBackwardConfig(own=own, step=step, chunks=(), warps=warps, stages=stages, registers=registers)
 
     if dtype == torch.float32:
         if precision == "ieee":
-            return looped(16, 16, 4 if arch >= 90 else 2)  # 32 rows of their own spill already at head dim 64
+            # 32 rows of their own spill already at head dim 64
+            return looped(16, 16, 4 if arch >= 90 or biased or prepared else 2)
         if head_dim <= 64:
             return looped(64, 32, 8 if head_dim > 32 else 4)
         return looped(16, 16, 8)
     # One pass keeps dK and dV of all keys in registers: 256 keys of 64 columns are 128 fp32 per thread in eight warps.
     # Chunks of unequal size cost layout conversions, so the keys are padded to one power of two here.
     padded = max(next_power_of_two(length), 64)
+    if prepared:
+        # The raw tile, its tables and its norm come on top of both gradients of a tile: 256 keys in one pass spill, and so
+        # do four warps. Rotation pads each half of the head (72 to 64 + 64), so heads over 64 take half the rows.
+        if head_dim <= 64 and padded <= 128 and arch >= 90:
+            return AttentionBackwardConfig(own=0, step=32, chunks=(padded, 0, 0), warps=8, stages=1)
+        if head_dim <= 64:
+            return looped(64, 32, 8) if arch >= 90 else looped(16, 32, 4)
+        return looped(32, 32, 8) if head_dim <= 128 and arch >= 90 else looped(16, 16, 8)
     if arch >= 90:
         limit = 256 if head_dim <= 64 else 128 if head_dim <= 80 else 0
     else:
@@ -183,7 +220,10 @@ def attention_backward_config(
     if arch >= 90:
         if head_dim <= 64:
             return looped(64, 32 if biased else 64, 4, stages=2)
-        return looped(64, 32, 8, stages=2) if head_dim <= 128 else looped(64, 16, 8)
+        if head_dim <= 128:
+            return looped(64, 32, 8, stages=2)
+        # 64 rows of two gradients are 128 fp32 per thread at head dim 256; Blackwell keeps them in tensor memory.
+        return looped(64, 16, 8) if arch >= 100 and head_dim > 192 else looped(32, 32, 8)
     if head_dim <= 64:
         return looped(64, 32, 8)
     # Ampere holds K and V of the whole loop as register operands; in two pieces (64 + 16, 64 + 32) only small tiles
@@ -198,12 +238,20 @@ class BiasGradientConfig:
     tile: int  # side of the square tile of the bias
     warps: int
     programs: int  # wanted per multiprocessor; the walk over heads is split to reach them
+    registers: int | None = None
 
 
 @functools.cache
-def bias_gradient_config(head_dim: int, dtype: torch.dtype, arch: int) -> BiasGradientConfig:
+def bias_gradient_config(
+    head_dim: int, dtype: torch.dtype, precision: str, arch: int, prepared: bool
+) -> BiasGradientConfig:
     if dtype == torch.float32:
-        return BiasGradientConfig(tile=32 if head_dim <= 64 else 16, warps=4, programs=4)
+        narrow = head_dim <= 64 and not prepared and not (precision == "tf32" and arch >= 100)
+        return BiasGradientConfig(tile=32 if narrow else 16, warps=4, programs=4, registers=ALL_REGISTERS)
+    if prepared:
+        return BiasGradientConfig(tile=32 if head_dim <= 64 else 16, warps=8, programs=4, registers=ALL_REGISTERS)
+    if head_dim > 128:
+        return BiasGradientConfig(tile=32 if arch >= 90 else 16, warps=8, programs=4, registers=ALL_REGISTERS)
     # Four operands of a tile take eight warps at 64 rows, and Ampere, which holds them in registers, 32 rows.
     if arch >= 90:
         return BiasGradientConfig(tile=64, warps=8, programs=4)
@@ -212,13 +260,16 @@ def bias_gradient_config(head_dim: int, dtype: torch.dtype, arch: int) -> BiasGr
 
 @dataclass(frozen=True)
 class ProductConfig:
-    """A tile [rows, columns] of the result, summed in steps of `depth`."""
+    """A tile [rows, columns] of the result, summed in steps of `depth`; the switches are explained in mlp.py."""
 
     rows: int
     columns: int
     depth: int
     warps: int
     stages: int
+    programs: int = 0
+    descriptors: bool = False
+    halved: bool = False
 
 
 # 64 pixels in a row of a tile are at least 64 bytes, two sectors; 32 rows give 16 elements per thread.
@@ -247,23 +298,119 @@ def patch_weight_config(rows: int, columns: int, dtype: torch.dtype, arch: int) 
 
 
 ROW_GROUP = 8  # row blocks of a product that share the weights in L2
+FEW_ROWS = 2048  # 16 tiles of 128 rows: with fewer, a wide product has less than one tile for each multiprocessor
+WIDE_RESIDUAL = "wide residual"  # the epilogue that adds a 16-bit product to an fp32 stream
 
 
 @functools.cache
-def linear_config(rows: int, columns: int, depth: int, dtype: torch.dtype, arch: int) -> ProductConfig:
+def linear_config(
+    rows: int, columns: int, depth: int, epilogue: str | None, dtype: torch.dtype, arch: int
+) -> ProductConfig:
+    """Tile of x W^T; `columns` of the result, each of which "swiglu" takes two sums for. epilogue: an activation,
+    WIDE_RESIDUAL, or None for anything lighter."""
     if dtype == torch.float32:
-        return ProductConfig(rows=64, columns=_small(columns, 64), depth=_small(depth, 16), warps=4, stages=2)
-    # 128 x 128 sums are 64 fp32 per thread in eight warps: room for the epilogue's second operand. Few rows take half a
-    # tile, which doubles the programs.
-    tall = 128 if rows > 2048 else 64
+        # Without tensor cores a product's operands sit in registers too: a second sum leaves room for half a tile.
+        side = _small(columns, 32 if epilogue == "swiglu" else 64)
+        return ProductConfig(rows=64, columns=side, depth=_small(depth, 16), warps=4, stages=2, halved=True)
+    heavy = epilogue in ("swiglu", WIDE_RESIDUAL)
+    if rows <= FEW_ROWS:  # half a tile, which doubles the programs
+        side = _small(columns, 64 if heavy else 128)
+        config = ProductConfig(rows=64, columns=side, depth=_small(depth, 64), warps=4, stages=3, halved=True)
+        return replace(config, programs=2, descriptors=True) if arch >= 90 else config
+    if arch < 90:
+        # 128 x 128 sums are 64 fp32 per thread in eight warps: room for the epilogue's second operand.
+        side = _small(columns, 64 if epilogue == "swiglu" else 128)
+        return ProductConfig(rows=128, columns=side, depth=_small(depth, 64), warps=8, stages=3, halved=True)
+    # 128 x 256 is the widest tile whose sums fit (128 per thread), and reads the fewest bytes for each product; its two
+    # halves are finished one after the other. An fp32 stream or a second sum takes the room of the other half.
+    side = _small(columns, 128 if heavy else 256)
     return ProductConfig(
-        rows=tall, columns=_small(columns, 128), depth=_small(depth, 64), warps=8 if tall == 128 else 4, stages=3
+        rows=128, columns=side, depth=_small(depth, 64), warps=8, stages=3, programs=1, descriptors=True, halved=True
     )
 
 
 @functools.cache
-def activation_backward_config(columns: int, depth: int, dtype: torch.dtype, arch: int) -> ProductConfig:
-    """GELU's derivative needs several registers for each sum, so half as many sums per thread as linear_config's."""
+def hidden_backward_config(
+    rows: int, columns: int, depth: int, kind: str, dtype: torch.dtype, arch: int
+) -> ProductConfig:
+    """An activation's derivative needs several registers for each sum, so half as many sums per thread as
+    linear_config's."""
     if dtype == torch.float32:
         return ProductConfig(rows=64, columns=_small(columns, 32), depth=_small(depth, 16), warps=4, stages=2)
-    return ProductConfig(rows=128, columns=_small(columns, 64), depth=_small(depth, 64), warps=8, stages=3)
+    config = ProductConfig(
+        rows=128, columns=_small(columns, 64), depth=_small(depth, 64), warps=8, stages=3, halved=True
+    )
+    if arch < 90:
+        return config
+    return replace(config, columns=_small(columns, 128 if rows > FEW_ROWS else 64), programs=1, descriptors=True)
+
+
+@dataclass(frozen=True)
+class ProductRow:
+    """A row of product_table.py."""
+
+    arch: int | None
+    dtype: str | None
+    unit: str | None
+    rows: str | None
+    width: str | None
+    path: str
+    config: ProductConfig | None
+    reason: str
+
+
+PATHS = ("library", "fused")
+UNITS = ("linear", "linear_activation", "swiglu", "linear_residual", "hidden_backward")
+CHIPS = (80, 90, 100)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def row_class(rows: int) -> str:
+    return "few" if rows <= FEW_ROWS else "many"
+
+
+def width_class(columns: int, depth: int) -> str:
+    """By the narrower side, the model's width in all of a block's products: 384 is narrow, 768 medium, 1280 wide."""
+    side = min(columns, depth)
+    return "narrow" if side <= 512 else "medium" if side <= 1024 else "wide"
+
+
+def product_row(entry: dict) -> ProductRow:
+    """A checked row; ValueError names what does not fit."""
+    config = entry["config"]
+    row = ProductRow(**(entry | {"config": None if config is None else ProductConfig(**config)}))
+    allowed = {
+        "arch": (None, *CHIPS),
+        "unit": (None, *UNITS),
+        "rows": (None, "few", "many"),
+        "width": (None, "narrow", "medium", "wide"),
+        "path": PATHS,
+    }
+    for name, values in allowed.items():
+        if getattr(row, name) not in values:
+            raise ValueError(f"product_table.py: {name} is {getattr(row, name)!r}; allowed are {values}")
+    return row
+
+
+@functools.cache
+def product_rows() -> tuple[ProductRow, ...]:
+    return tuple(product_row(entry) for entry in ROWS)
+
+
+@functools.lru_cache(maxsize=4096)
+def product_choice(unit: str, rows: int, columns: int, depth: int, dtype: torch.dtype, arch: int) -> ProductRow:
+    """The table's row for a product of [rows, depth] with `columns` outputs."""
+    wanted = {
+        "arch": max(chip for chip in CHIPS if chip <= max(arch, CHIPS[0])),
+        "dtype": dtype_name(dtype),
+        "unit": unit,
+        "rows": row_class(rows),
+        "width": width_class(columns, depth),
+    }
+    for row in product_rows():
+        if all(getattr(row, name) in (None, value) for name, value in wanted.items()):
+            return row
+    raise ValueError(f"product_table.py has no row for {wanted}; its last one should fit everything")

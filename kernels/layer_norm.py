@@ -267,7 +267,7 @@ def layer_norm_backward(
     inside = d_scale is not None and not config.scale_apart
     _backward_kernel[(programs,)](
         d_normed, d_total, total, mean, rstd, weight, branch, scale, drop_path, d_x, d_branch, partials,
-        T, rows_per_image, D, config.rows, config.width, inside, num_warps=config.warps,
+        T, rows_per_image, D, config.rows, config.width, inside, num_warps=config.warps, maxnreg=config.registers,
     )  # fmt: skip
     if d_scale is not None and config.scale_apart:
         _scale_gradient_kernel[(programs,)](

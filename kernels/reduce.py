@@ -43,3 +43,18 @@ def sum_partials(partials: torch.Tensor, *outs: torch.Tensor) -> None:
     padded = (*outs, None, None)
     grid = (triton.cdiv(D, COLUMNS), K)
     _sum_partials_kernel[grid](partials, padded[0], padded[1], padded[2], G, D, ROWS, COLUMNS, num_warps=4)
+
+
+def sum_many_partials(partials: torch.Tensor, out: torch.Tensor) -> None:
+    """out [K, D] = partials [K, G, D].sum(1), K at most 3, for a large G: in two stages, so that a few columns still make
+    enough programs."""
+    K, G, D = partials.shape
+    first = 1 << max(0, (G.bit_length() - 1) // 2)  # about sqrt(G)
+    if G > 4 * ROWS:
+        padded = -(-G // first) * first
+        if padded != G:
+            partials = torch.cat([partials, partials.new_zeros(K, padded - G, D)], 1)
+        sums = partials.new_empty(K, padded // first * D)
+        sum_partials(partials.view(K, first, -1), *sums)
+        partials = sums.view(K, -1, D)
+    sum_partials(partials, *out)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -260,6 +261,11 @@ def test_info(capsys):
         assert row["available"] or " ".join(row["reason"].split()) in text
     for status in facts["extension"].values():
         assert status["loaded"] or " ".join(status["error"].split()) in text
+    assert "measured" not in text
+    assert main(["info", "--rates"]) == 0
+    assert re.search(
+        r"CPU +measured: copy [\d.]+ GB/s, products float32 [\d.]+ TFLOP/s, bfloat16", capsys.readouterr().out
+    )
 
 
 def test_backend_table():

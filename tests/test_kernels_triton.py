@@ -12,18 +12,26 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
+
 from vitfast.kernels import (
     activation,
     attention_backward,
     attention_forward,
+    attention_tiles,
     configs,
     layer_norm,
     mlp,
     patch_embed,
     patchify,
+    reduce,
 )
+from vitfast.kernels.attention_heads import HeadOptions
+from vitfast.ops import plain as plain_ops
 from vitfast.ops.arguments import ACTIVATIONS, POINTWISE
 from vitfast.ops.compose import activation_ref
+from vitfast.ops.heads import Heads
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter truncates to bf16 instead of rounding, and its bf16 products are wrong: there only fp32 and fp16 are
@@ -41,11 +49,11 @@ def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.full(shape, float("nan"), device=DEVICE, dtype=dtype)
 
 
-def check(name: str, got: Tensor, plain: Tensor, truth: Tensor) -> None:
+def check(name: str, got: Tensor, plain: Tensor, truth: Tensor, floor: float = 4e-6) -> None:
     """The kernel's error against fp64 is at most twice plain PyTorch's in the same dtype, with a floor of a few ulp of
     fp32."""
     assert torch.isfinite(got).all(), name
-    floor = 4e-6 * max(float(truth.abs().max()), 1e-3) if truth.numel() else 0.0
+    floor = floor * max(float(truth.abs().max()), 1e-3) if truth.numel() else 0.0
     if truth.numel():
         error, allowed = float((got.double() - truth).abs().max()), float((plain.double() - truth).abs().max())
         assert error <= 2 * allowed + floor, f"{name}: error {error:.3g}, plain PyTorch's {allowed:.3g}"
@@ -204,6 +212,9 @@ def test_activation_over_the_whole_line(kind):
     assert bool((error <= 2.0**-11 * 1.01 * truth.abs() + 4e-7).all())
 
 
+PLAIN = HeadOptions()
+
+
 def attention_reference(qkv, bias, d_out, scale, lengths):
     """out, d_qkv, d_bias in the tensors' dtype, one sequence after the other; a row without keys gives zeros."""
     qkv = qkv.clone().requires_grad_()
@@ -231,8 +242,10 @@ def run_attention(qkv, bias, d_out, scale, lengths, packed=False, bias_gradient=
     seqlen = 0 if packed else lengths[0]
     out, lse, d_qkv = poisoned(T, H, E, dtype=qkv.dtype), poisoned(H, T), poisoned(*qkv.shape, dtype=qkv.dtype)
     d_bias = poisoned(*bias.shape) if bias is not None and bias_gradient else None
-    attention_forward.attention_forward(qkv, scale, bias, None, *where, seqlen, out, lse)
-    attention_backward.attention_backward(d_out, qkv, out, lse, scale, bias, None, *where, seqlen, d_qkv, d_bias)
+    attention_forward.attention_forward(qkv, scale, bias, None, PLAIN, *where, seqlen, out, lse)
+    attention_backward.attention_backward(
+        d_out, qkv, out, lse, scale, bias, None, PLAIN, *where, seqlen, d_qkv, d_bias, None, None
+    )
     return {"out": out, "d_qkv": d_qkv, **({} if d_bias is None else {"d_bias": d_bias})}
 
 
@@ -285,10 +298,8 @@ FORCED = {  # each kernel with one, two and three chunks, and looped with and wi
 }
 
 
-@pytest.mark.parametrize(("dtype", "E"), [(torch.float32, 24), (HALF, 80)], ids=str)
-@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
-@pytest.mark.parametrize("path", FORCED)
-def test_attention_kernels(path, packed, E, dtype, monkeypatch):
+def force(path, monkeypatch):
+    """The given kernels, whatever the shape would choose."""
     forward, backward = FORCED[path]
     monkeypatch.setattr(
         attention_forward, "attention_forward_config", lambda *_: configs.AttentionConfig(**forward, warps=4, stages=1)
@@ -298,12 +309,112 @@ def test_attention_kernels(path, packed, E, dtype, monkeypatch):
         "attention_backward_config",
         lambda *_: configs.AttentionBackwardConfig(**backward, warps=4, stages=1),
     )
+
+
+@pytest.mark.parametrize(("dtype", "E"), [(torch.float32, 24), (HALF, 80)], ids=str)
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("path", FORCED)
+def test_attention_kernels(path, packed, E, dtype, monkeypatch):
+    force(path, monkeypatch)
     length = 48 if path == "looped_whole" else 43
     lengths = [3, 0, length, 1] if packed else [length, length]
     H, T = 1, sum(lengths)
     qkv, d_out = rand(T, 3, H, E, dtype=dtype), rand(T, H, E, dtype=dtype, seed=1)
     bias = rand(1, H, length, length, seed=2)
     check_attention(qkv, bias, d_out, 0.3, lengths, packed)
+
+
+@pytest.mark.parametrize(
+    ("packed", "interleaved"),
+    [
+        pytest.param(False, False, id="plain, halves"),
+        pytest.param(True, True, id="packed, interleaved"),
+        pytest.param(False, True, id="plain, interleaved", marks=pytest.mark.slow),
+        pytest.param(True, False, id="packed, halves", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("path", FORCED)
+def test_attention_heads_in_every_kernel(path, packed, interleaved, monkeypatch):
+    """Norm, rotation and padding in each kernel: what plain PyTorch gives for q and k transformed before."""
+    force(path, monkeypatch)
+    dtype, E, H = (HALF, 40, 2) if interleaved else (torch.float32, 20, 1)
+    length = 48 if path == "looped_whole" else 43
+    lengths = [3, 0, length, 1] if packed else [length, length]
+    T, width = sum(lengths), E // 2 if packed else E
+    qkv, d_out = rand(T, 3, H, E, dtype=dtype), rand(T, H, E, dtype=dtype, seed=1)
+    angles = rand(T if packed else length - 5, width, seed=2)
+    vectors = [rand(E, seed=seed).to(dtype) for seed in (3, 4, 5)]
+    heads = Heads(angles.cos(), angles.sin(), interleaved, "layer_norm", "rms_norm", *vectors, None, 1e-5, 1e-5)
+    padding = None
+    if not packed:
+        padding = rand(2, length, seed=6) > 0.5
+        padding[0, 7], padding[1] = False, True  # no key at all
+    offsets = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=DEVICE)
+    cu_seqlens = offsets if packed else None
+
+    def reference(kind):
+        wide = Heads(*(t.to(kind) if isinstance(t, Tensor) and kind == torch.float64 else t for t in heads))
+        given = (0.3, None, cu_seqlens, length, padding, wide)
+        inputs = [t.to(kind) if packed else t.to(kind).unflatten(0, (2, length)) for t in (qkv, d_out)]
+        out, lse = plain_ops.attention_forward(inputs[0], *given)
+        d_qkv, _, grads = plain_ops.attention_backward(inputs[1], inputs[0], out, lse, *given, False, True)
+        named = zip(("d_q_weight", "d_q_bias", "d_k_weight"), grads, strict=False)
+        return {"out": out.view(d_out.shape), "d_qkv": d_qkv.view(qkv.shape), **dict(named)}
+
+    out, lse, d_qkv = poisoned(T, H, E, dtype=dtype), poisoned(H, T), poisoned(*qkv.shape, dtype=dtype)
+    d_q_norm, d_k_norm = poisoned(2, E), poisoned(2, E)
+    given = (0.3, None, padding, HeadOptions(*heads), cu_seqlens, length, 0 if packed else length)
+    attention_forward.attention_forward(qkv, *given, out, lse)
+    attention_backward.attention_backward(d_out, qkv, out, lse, *given, d_qkv, None, d_q_norm, d_k_norm)
+    found = {"out": out, "d_qkv": d_qkv, "d_q_weight": d_q_norm[0], "d_q_bias": d_q_norm[1], "d_k_weight": d_k_norm[0]}
+    plain, truth = reference(dtype), reference(torch.float64)
+    for name, got in found.items():
+        # a parameter's gradient is a sum over all rows, with the error of a few: of delta, made of the rounded result
+        few = 4e-6 if dtype == torch.float32 or name in ("out", "d_qkv") else 2 * torch.finfo(dtype).eps
+        check(name, got, plain[name], truth[name], few)
+
+
+@pytest.mark.parametrize("groups", [1, 7, 300, 1025])
+def test_many_partial_sums(groups):
+    partials, out = rand(2, groups, 24), poisoned(2, 24)
+    reduce.sum_many_partials(partials, out)
+    truth = partials.double().sum(1)
+    assert float((out.double() - truth).abs().max()) <= 1e-6 * groups
+
+
+@triton.jit
+def _offsets_kernel(out, pointer, seqlen, sequence, head, stride, bias_b, bias_h, first_row, first_col, bias_length):
+    """Where the last program of a large problem would read, in elements from the tensors' start."""
+    start, _length = attention_tiles.extent(None, seqlen, sequence)
+    rows = tl.arange(0, 16)
+    at = attention_tiles.offsets_of(seqlen - 16 + rows, stride, 32, 32) + start * stride
+    tl.store(out, tl.max(tl.max(at, axis=1), axis=0))
+    at = attention_tiles.offsets_of(start + rows, stride, 32, 32)
+    tl.store(out + 1, tl.max(tl.max(at, axis=1), axis=0))
+    matrix = attention_tiles.bias_matrix(pointer, sequence, head, bias_b, bias_h)
+    tile = attention_tiles.bias_tile(
+        matrix, first_row, first_col, (first_row + rows)[:, None], (first_col + rows)[None, :], bias_length
+    )
+    tl.store(out + 2, tl.max(tl.max(tile.to(tl.int64), axis=1), axis=0) - pointer.to(tl.int64))
+    tl.store(out + 3, attention_tiles.padding_row(pointer, sequence, seqlen).to(tl.int64) - pointer.to(tl.int64))
+
+
+def test_attention_offsets_past_two_to_the_31():
+    """Address arithmetic alone, nothing that large is allocated: int32 would wrap in each of the four."""
+    out = torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    pointer = torch.zeros(1, dtype=torch.uint8, device=DEVICE)
+    sequence, head = torch.tensor(4095, dtype=torch.int32), 15
+    seqlen, stride, L = 2**20, 3 * 16 * 64, 65_520
+    kernel_sequence = int(sequence)
+    _offsets_kernel[(1,)](out, pointer, seqlen, kernel_sequence, head, stride, 16 * L * L, L * L, L - 16, L - 32, L)
+    rows = kernel_sequence * seqlen
+    assert out.tolist() == [
+        (rows + seqlen - 1) * stride + 63,
+        (rows + 15) * stride + 63,
+        (kernel_sequence * 16 + head) * L * L + (L - 1) * L + L - 17,
+        kernel_sequence * seqlen,
+    ]
+    assert min(out.tolist()) > 2**31
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -359,8 +470,10 @@ def test_attention_empty():
     none = poisoned(0, 3, 2, 16)
     out, lse = poisoned(0, 2, 16), poisoned(2, 0)
     bias, d_bias = rand(1, 1, 8, 8), poisoned(1, 1, 8, 8)
-    attention_forward.attention_forward(none, 1.0, bias, None, None, 0, 8, out, lse)
-    attention_backward.attention_backward(out, none, out, lse, 1.0, bias, None, None, 0, 8, none, d_bias)
+    attention_forward.attention_forward(none, 1.0, bias, None, PLAIN, None, 0, 8, out, lse)
+    attention_backward.attention_backward(
+        out, none, out, lse, 1.0, bias, None, PLAIN, None, 0, 8, none, d_bias, None, None
+    )
     assert not d_bias.any()
 
 
@@ -458,7 +571,7 @@ def test_mlp(T, K, N, dtype, kind):
     mlp.linear_activation_forward(x, w1, b1, kind, h, act)
     mlp.linear_forward(act, w2, None, alone)
     mlp.linear_residual_forward(act, w2, b2, residual, scale, drop_path, total)
-    mlp.linear_activation_backward(d_out, w2, h, kind, d_h, act_again, d_b1)
+    mlp.hidden_backward(d_out, w2, h, kind, d_h, act_again, d_b1)
     assert torch.equal(act, act_again)
     unfused = poisoned(T, N, dtype=dtype)
     activation.activation_forward(h, kind, unfused)
@@ -484,5 +597,5 @@ def test_mlp(T, K, N, dtype, kind):
 def test_mlp_empty_batch():
     none, weight, d_bias = poisoned(0, 16), rand(16, 16), poisoned(16)
     mlp.linear_forward(none, weight, None, none)
-    mlp.linear_activation_backward(none, weight, none, "gelu", none, None, d_bias)
+    mlp.hidden_backward(none, weight, none, "gelu", none, None, d_bias)
     assert not d_bias.any()

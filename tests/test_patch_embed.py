@@ -117,11 +117,12 @@ def test_opcheck() -> None:
 
 
 def test_under_autocast() -> None:
-    """The product is bf16, the residual stream as wide as the position embedding: timm's behaviour."""
+    """The product is bf16, the residual stream as wide as what is added to it: timm's behaviour."""
     tensors = case_of().inputs(torch.float32, "cpu")
     with torch.autocast("cpu", torch.bfloat16):
         assert ops.patch_embed(**tensors).dtype == torch.float32
-        assert ops.patch_embed(**(tensors | {"pos_embed": None})).dtype == torch.bfloat16
+        assert ops.patch_embed(**(tensors | {"pos_embed": None})).dtype == torch.float32
+        assert ops.patch_embed(**(tensors | {"pos_embed": None, "prefix": None})).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

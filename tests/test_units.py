@@ -19,6 +19,7 @@ from vitfast.ops.norm_mlp import norm_mlp_ref
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+PRODUCT_BACKENDS = (*BACKENDS, "triton_fused")  # Triton's own products too, which the table may not choose
 SHAPES = [(2, 5, 24), (1, 1, 8), (3, 17, 40), (0, 4, 16)]
 
 
@@ -117,27 +118,27 @@ UNITS: dict[str, Callable[..., Case]] = {
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("op", UNITS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PRODUCT_BACKENDS)
 def test_parity(backend: str, op: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     check_parity(UNITS[op](shape), op, backend, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ["gelu_tanh", "quick_gelu", "swiglu"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PRODUCT_BACKENDS)
 def test_activations(backend: str, activation: str, dtype: torch.dtype) -> None:
     check_parity(mlp_case((2, 5, 24), activation), "mlp", backend, dtype)
     check_parity(norm_mlp_case((2, 5, 24), activation=activation), "norm_mlp", backend, dtype)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PRODUCT_BACKENDS)
 def test_swiglu_at_other_shapes(backend: str) -> None:
     for shape in ((1, 1, 8), (3, 17, 40), (0, 4, 16)):
         check_parity(mlp_case(shape, "swiglu", bias=False), "mlp", backend, torch.float32)
         check_parity(norm_mlp_case(shape, "none", activation="swiglu"), "norm_mlp", backend, torch.float32)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PRODUCT_BACKENDS)
 def test_without_biases_and_scale(backend: str) -> None:
     check_parity(mlp_case((2, 5, 24), bias=False), "mlp", backend, torch.float32)
     check_parity(norm_linear_case((2, 5, 24), bias=False), "norm_linear", backend, torch.float32)
@@ -146,7 +147,7 @@ def test_without_biases_and_scale(backend: str) -> None:
 
 
 @pytest.mark.parametrize("op", UNITS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PRODUCT_BACKENDS)
 def test_noncontiguous(backend: str, op: str) -> None:
     """Permuted activations and transposed weights."""
     case = UNITS[op]((3, 7, 24))
@@ -157,7 +158,7 @@ def test_noncontiguous(backend: str, op: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("backend", ["torch", "cpu", "triton_fused"])
 def test_inference_takes_the_fused_path(backend: str, dtype: torch.dtype) -> None:
     """Without gradients nothing is kept and the activation rides on the product: the result is as good."""
     cases = [("norm_mlp", norm_mlp_case((2, 17, 64), extras=False))]
@@ -167,7 +168,7 @@ def test_inference_takes_the_fused_path(backend: str, dtype: torch.dtype) -> Non
             check_parity(case, op, backend, dtype)
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpu", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "cpu", "triton", "triton_fused"])
 @pytest.mark.parametrize("extras", [True, False])
 def test_recompute_gives_the_same_bits(backend: str, extras: bool) -> None:
     from op_checks import _results, skip_unless_available
@@ -176,7 +177,7 @@ def test_recompute_gives_the_same_bits(backend: str, extras: bool) -> None:
     ops_and_cases.append(("norm_mlp", partial(norm_mlp_case, activation="swiglu")))
     for op, make in ops_and_cases:
         skip_unless_available(op, backend)
-        dtype = torch.float32 if backend == "triton" else torch.bfloat16
+        dtype = torch.float32 if backend.startswith("triton") else torch.bfloat16
         runs = []
         for recompute in ("none", "fused", "mlp"):
             case = make((3, 17, 40), recompute, extras)
@@ -261,7 +262,7 @@ def test_swiglu_compiles(backend: str) -> None:
 
 
 @pytest.mark.parametrize("op", UNITS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PRODUCT_BACKENDS)
 def test_repeatable(backend: str, op: str) -> None:
     check_repeatable(UNITS[op]((2, 9, 24)), op, backend)
 
@@ -326,3 +327,13 @@ def test_second_derivative_is_refused() -> None:
     (grad,) = torch.autograd.grad(ops.mlp(**tensors).sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="second derivatives"):
         grad.sum().backward()
+
+
+def test_products_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU whose oneDNN has no bf16, or in a PyTorch without it."""
+    from vitfast.ops import products
+
+    monkeypatch.setattr(products, "_onednn_has", lambda dtype: False)
+    for name, make in UNITS.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            check_parity(make((2, 5, 24)), name, "torch", dtype)

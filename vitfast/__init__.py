@@ -13,18 +13,36 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from vitfast import ops
+    from vitfast.dropin.api import accelerate, report, restore
     from vitfast.models.registry import create_model, list_models
+    from vitfast.models.weights import load_pretrained
     from vitfast.ops import backends, extension_status
     from vitfast.verify import verify
 
 _HOMES = {
+    "accelerate": "dropin.api",
     "backends": "ops",
     "create_model": "models.registry",
     "extension_status": "ops",
     "list_models": "models.registry",
+    "load_pretrained": "models.weights",
+    "report": "dropin.api",
+    "restore": "dropin.api",
     "verify": "verify",
 }
-__all__ = ["__version__", "backends", "create_model", "extension_status", "list_models", "ops", "verify"]
+__all__ = [
+    "__version__",
+    "accelerate",
+    "backends",
+    "create_model",
+    "extension_status",
+    "list_models",
+    "load_pretrained",
+    "ops",
+    "report",
+    "restore",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -31,7 +31,9 @@ AttentionShape check_attention(const Tensor& qkv, const OptionalTensor& bias, co
             fail("cu_seqlens gives sequence ", s, " the length ", length, "; allowed: 0 to max_seqlen, ", max_seqlen);
         }
         shape.longest = std::max(shape.longest, length);
-        for (int64_t h = 0; h < shape.heads && length > 0; ++h) shape.items.push_back({s, h, starts[s], length});
+        for (int64_t h = 0; h < shape.heads && length > 0; ++h) {
+            shape.items.push_back({s, h, starts[s], length, static_cast<int64_t>(shape.items.size())});
+        }
     }
     if (bias.has_value()) {
         check("bias", bias, Device::kCpu, {ScalarType::Float, ScalarType::BFloat16}, {-1, -1, max_seqlen, max_seqlen});
@@ -43,6 +45,43 @@ AttentionShape check_attention(const Tensor& qkv, const OptionalTensor& bias, co
     }
     check("padding", padding, Device::kCpu, {ScalarType::Bool}, {sequences, max_seqlen});
     return shape;
+}
+
+namespace {
+
+HeadNorm check_norm(const char* name, const std::string& kind, const OptionalTensor& weight, const OptionalTensor& bias,
+                    double eps, int64_t head_dim) {
+    if (kind.empty()) return {};
+    if (kind != "layer_norm" && kind != "rms_norm") {
+        fail(name, " is \"", kind, "\"; allowed: \"\", \"layer_norm\", \"rms_norm\"");
+    }
+    check("a head norm's weight", weight, Device::kCpu, {ScalarType::Float}, {head_dim});
+    check("a head norm's bias", bias, Device::kCpu, {ScalarType::Float}, {head_dim});
+    return {kind == "layer_norm" ? HeadNormKind::kLayerNorm : HeadNormKind::kRmsNorm, data<float>(weight),
+            data<float>(bias), static_cast<float>(eps)};
+}
+
+}  // namespace
+
+HeadOptions check_heads(const HeadArguments& a, int64_t rows, int64_t head_dim) {
+    HeadOptions options;
+    options.norms[0] = check_norm("q_norm", a.q_norm, a.q_weight, a.q_bias, a.q_eps, head_dim);
+    options.norms[1] = check_norm("k_norm", a.k_norm, a.k_weight, a.k_bias, a.k_eps, head_dim);
+    check_together("cos", a.cos, "sin", a.sin);
+    if (!a.cos.has_value()) return options;
+    if (head_dim % 2) fail("cos is given with head dim ", head_dim, "; allowed: an even one");
+    check("cos", a.cos, Device::kCpu, {ScalarType::Float}, {-1, -1});
+    options.rotated = a.cos->size(0);
+    options.columns = a.cos->size(1);
+    if (options.columns != head_dim && options.columns != head_dim / 2) {
+        fail("cos has ", options.columns, " columns; allowed: ", head_dim, " or ", head_dim / 2);
+    }
+    check("sin", a.sin, Device::kCpu, {ScalarType::Float}, {options.rotated, options.columns});
+    options.cos = data<float>(a.cos);
+    options.sin = data<float>(a.sin);
+    options.interleaved = a.interleaved;
+    options.row_by_row = options.rotated == rows;  // of one sequence alone both ways mean the same
+    return options;
 }
 
 KeyPadding padding_of(const OptionalTensor& padding) {
@@ -70,7 +109,8 @@ void run_forward(const AttentionForward<Y>& args, const AttentionShape& shape) {
     const int64_t block = query_block(shape.longest);
     const int64_t threads = torch::stable::get_num_threads();
     const int64_t columns = (shape.longest + 15) / 16 * 16, width = (shape.head_dim + 15) / 16 * 16;
-    const int64_t words = (2 * columns + 2 * block) * width + 2 * block * columns + block;
+    const int64_t words =
+        (2 * columns + 2 * block) * width + 2 * block * columns + block + (shape.longest + block) * shape.head_dim;
     // Few heads: the queries of each are split as well, at the price of packing K and V once per part.
     const int64_t items = shape.items.size();
     const int64_t parts = items >= 4 * threads || items == 0 ? 1 : (4 * threads + items - 1) / items;
@@ -95,14 +135,19 @@ void run_forward(const AttentionForward<Y>& args, const AttentionShape& shape) {
 
 // out[T, H, E] = softmax(scale * Q K^T + bias) V for every sequence and head; lse[H, T] = log(sum(exp(logits))).
 // padding[S, L] is true for keys that no query sees.
-void attention_forward(Tensor qkv, double scale, OptionalTensor bias, OptionalTensor padding, Tensor cu_seqlens,
-                       int64_t max_seqlen, Tensor out, Tensor lse) {
+void attention_forward(Tensor qkv, double scale, OptionalTensor bias, OptionalTensor padding, OptionalTensor cos,
+                       OptionalTensor sin, bool interleaved, std::string q_norm, std::string k_norm,
+                       OptionalTensor q_weight, OptionalTensor q_bias, OptionalTensor k_weight, OptionalTensor k_bias,
+                       double q_eps, double k_eps, Tensor cu_seqlens, int64_t max_seqlen, Tensor out, Tensor lse) {
     const AttentionShape shape = check_attention(qkv, bias, padding, cu_seqlens, max_seqlen);
     check("out", out, Device::kCpu, {qkv.scalar_type()}, {shape.rows, shape.heads, shape.head_dim});
     check("lse", lse, Device::kCpu, {ScalarType::Float}, {shape.heads, shape.rows});
+    const HeadOptions options =
+        check_heads({cos, sin, interleaved, q_norm, k_norm, q_weight, q_bias, k_weight, k_bias, q_eps, k_eps},
+                    shape.rows, shape.head_dim);
     const auto run = [&](auto type) {
         using Y = decltype(type);
-        run_forward(AttentionForward<Y>{data<Y>(qkv), bias_of(bias), padding_of(padding), mutable_data<Y>(out),
+        run_forward(AttentionForward<Y>{data<Y>(qkv), bias_of(bias), padding_of(padding), options, mutable_data<Y>(out),
                                         mutable_data<float>(lse), static_cast<float>(scale), shape.rows, shape.heads,
                                         shape.head_dim},
                     shape);

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "attention_heads.h"
 #include "check.h"
 #include "isa.h"
 #include "scratch.h"
@@ -33,6 +34,7 @@ struct KeyPadding {
 // Where one (sequence, head) finds its rows in qkv[T, 3, H, E], out[T, H, E] and lse[H, T].
 struct HeadOfSequence {
     int64_t sequence, head, start, length;
+    int64_t index;  // of this one among all of a call
 };
 
 template <class Y>
@@ -40,6 +42,7 @@ struct AttentionForward {
     const Y* qkv;
     AttentionBias bias;
     KeyPadding padding;
+    HeadOptions options;
     Y* out;
     float* lse;
     float scale;
@@ -52,7 +55,9 @@ struct AttentionBackward {
     const float* lse;
     AttentionBias bias;
     KeyPadding padding;
+    HeadOptions options;
     Y* d_qkv;
+    float* norm_sums;  // [heads of sequences][4, E]: shares of q's weight and bias and k's; null where not wanted
     float scale;
     int64_t rows, heads, head_dim;
 };

@@ -64,7 +64,8 @@ void run_backward(const AttentionBackward<Y>& args, const AttentionShape& shape,
     }
     const int64_t block = query_block(shape.longest), threads = torch::stable::get_num_threads();
     const int64_t columns = (shape.longest + 15) / 16 * 16, width = (shape.head_dim + 15) / 16 * 16;
-    const int64_t words = 5 * columns * width + 5 * block * width + 5 * block * columns;
+    const int64_t words =
+        5 * columns * width + 5 * block * width + 5 * block * columns + (shape.longest + block) * shape.head_dim;
     std::atomic<int64_t> next{0};
     const int64_t count = units.size();
     torch::stable::parallel_for(0, std::min(threads, count), 1, [&](int64_t, int64_t) {
@@ -89,10 +90,24 @@ void run_backward(const AttentionBackward<Y>& args, const AttentionShape& shape,
     });
 }
 
-// d_qkv[T, 3, H, E] and, where wanted, d_bias (bias's shape, fp32), from d_out[T, H, E] and what the forward kept.
+// d_norm[2, E] = the sums over all heads of sequences of the rows `row` and `row + 1` of their norm_sums[4, E].
+void sum_norms(const std::vector<float>& norm_sums, int64_t head_dim, int64_t row, const OptionalTensor& d_norm) {
+    if (!d_norm.has_value()) return;
+    float* const out = mutable_data<float>(*d_norm);
+    std::fill(out, out + 2 * head_dim, 0.0f);
+    for (size_t at = row * head_dim; at < norm_sums.size(); at += 4 * head_dim) {
+        for (int64_t e = 0; e < 2 * head_dim; ++e) out[e] += norm_sums[at + e];
+    }
+}
+
+// d_qkv[T, 3, H, E] and, where wanted, d_bias (bias's shape, fp32) and d_q_norm, d_k_norm[2, E] (weight, bias), from
+// d_out[T, H, E] and what the forward kept.
 void attention_backward(Tensor d_out, Tensor qkv, Tensor out, Tensor lse, double scale, OptionalTensor bias,
-                        OptionalTensor padding, Tensor cu_seqlens, int64_t max_seqlen, Tensor d_qkv,
-                        OptionalTensor d_bias) {
+                        OptionalTensor padding, OptionalTensor cos, OptionalTensor sin, bool interleaved,
+                        std::string q_norm, std::string k_norm, OptionalTensor q_weight, OptionalTensor q_bias,
+                        OptionalTensor k_weight, OptionalTensor k_bias, double q_eps, double k_eps, Tensor cu_seqlens,
+                        int64_t max_seqlen, Tensor d_qkv, OptionalTensor d_bias, OptionalTensor d_q_norm,
+                        OptionalTensor d_k_norm) {
     const AttentionShape shape = check_attention(qkv, bias, padding, cu_seqlens, max_seqlen);
     const auto dtype = qkv.scalar_type();
     check("d_out", d_out, Device::kCpu, {dtype}, {shape.rows, shape.heads, shape.head_dim});
@@ -104,10 +119,18 @@ void attention_backward(Tensor d_out, Tensor qkv, Tensor out, Tensor lse, double
         check("d_bias", d_bias, Device::kCpu, {ScalarType::Float},
               {bias->size(0), bias->size(1), bias->size(2), bias->size(3)});
     }
+    const HeadOptions options =
+        check_heads({cos, sin, interleaved, q_norm, k_norm, q_weight, q_bias, k_weight, k_bias, q_eps, k_eps},
+                    shape.rows, shape.head_dim);
+    check("d_q_norm", d_q_norm, Device::kCpu, {ScalarType::Float}, {2, shape.head_dim});
+    check("d_k_norm", d_k_norm, Device::kCpu, {ScalarType::Float}, {2, shape.head_dim});
+    std::vector<float> norm_sums;
+    if (d_q_norm.has_value() || d_k_norm.has_value()) norm_sums.resize(shape.items.size() * 4 * shape.head_dim);
     const auto run = [&](auto type) {
         using Y = decltype(type);
         run_backward(AttentionBackward<Y>{data<Y>(d_out), data<Y>(qkv), data<Y>(out), data<float>(lse), bias_of(bias),
-                                          padding_of(padding), mutable_data<Y>(d_qkv), static_cast<float>(scale),
+                                          padding_of(padding), options, mutable_data<Y>(d_qkv),
+                                          norm_sums.empty() ? nullptr : norm_sums.data(), static_cast<float>(scale),
                                           shape.rows, shape.heads, shape.head_dim},
                      shape, mutable_data<float>(d_bias));
     };
@@ -116,6 +139,8 @@ void attention_backward(Tensor d_out, Tensor qkv, Tensor out, Tensor lse, double
     } else {
         run(bf16{});
     }
+    sum_norms(norm_sums, shape.head_dim, 0, d_q_norm);
+    sum_norms(norm_sums, shape.head_dim, 2, d_k_norm);
 }
 
 }  // namespace

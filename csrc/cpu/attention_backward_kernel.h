@@ -4,6 +4,8 @@
 #include "attention_rows.h"
 #include "gemm.h"
 #include "vec_math.h"
+// after those
+#include "attention_heads_kernel.h"
 
 template <class Y>
 struct BackwardWorkspace {
@@ -16,6 +18,7 @@ struct BackwardWorkspace {
     uint32_t *queries, *d_outs, *query_panel, *d_out_panel;
     float *logits, *d_weights, *d_queries;
     uint32_t *weight_pairs, *d_logit_pairs, *d_logit_rows;
+    Y *prepared_keys, *prepared_queries;  // rows of E after norm and rotation, where there is any
 
     BackwardWorkspace(Scratch& scratch, int64_t block, int64_t length, int64_t head_dim) {
         scratch.reset();
@@ -33,6 +36,8 @@ struct BackwardWorkspace {
         logits = scratch.take<float>(block * columns);
         d_weights = scratch.take<float>(block * columns);
         d_queries = scratch.take<float>(block * width);
+        prepared_keys = scratch.take<Y>(length * head_dim);
+        prepared_queries = scratch.take<Y>(block * head_dim);
         if constexpr (kPairs) {
             weight_pairs = scratch.take<uint32_t>(block_words * columns);
             d_logit_pairs = scratch.take<uint32_t>(block_words * columns);
@@ -100,6 +105,12 @@ void write_rows(const float* from, int64_t pitch, float factor, Y* to, int64_t r
     }
 }
 
+// Where the head's shares of the gradients of q's (row 0) or k's (row 2) weight and bias are summed, or null.
+template <class Y>
+VITFAST_INLINE float* norm_sums_of(const AttentionBackward<Y>& a, const HeadOfSequence& item, int64_t row) {
+    return a.norm_sums ? a.norm_sums + (item.index * 4 + row) * a.head_dim : nullptr;
+}
+
 // Queries [begin, begin + count). d_bias: the head's slice [L, L], or null.
 template <class Y>
 void backward_block(const AttentionBackward<Y>& a, const HeadOfSequence& item, int64_t begin, int64_t count,
@@ -112,9 +123,13 @@ void backward_block(const AttentionBackward<Y>& a, const HeadOfSequence& item, i
     const Y* const q = a.qkv + start * stride + item.head * head_dim;
     const Y* const d_out = a.d_out + start * out_stride + item.head * head_dim;
     const Y* const out = a.out + start * out_stride + item.head * head_dim;
-    row_panel<kPairs>(q, stride, count, head_dim, width, w.query_panel);
+    const bool prepare = a.options.active(0);
+    if (prepare) prepare_rows(a.options, 0, item, begin, q, stride, count, head_dim, w.prepared_queries);
+    const Y* const seen = prepare ? w.prepared_queries : q;
+    const int64_t seen_stride = prepare ? head_dim : stride;
+    row_panel<kPairs>(seen, seen_stride, count, head_dim, width, w.query_panel);
     row_panel<kPairs>(d_out, out_stride, count, head_dim, width, w.d_out_panel);
-    const Operand queries = row_operand<kPairs>(q, stride, count, head_dim, w.queries);
+    const Operand queries = row_operand<kPairs>(seen, seen_stride, count, head_dim, w.queries);
     const Operand d_outs = row_operand<kPairs>(d_out, out_stride, count, head_dim, w.d_outs);
     multiply<kPairs>(queries, w.keys_t, count, columns, words, w.logits, columns, false);
     multiply<kPairs>(d_outs, w.values_t, count, columns, words, w.d_weights, columns, false);
@@ -138,7 +153,13 @@ void backward_block(const AttentionBackward<Y>& a, const HeadOfSequence& item, i
                      begin > 0);
     multiply<kPairs>({w.d_logit_pairs, 1, columns}, w.query_panel, item.length, width, block_words, w.d_keys, width,
                      begin > 0);
-    write_rows(w.d_queries, width, a.scale, a.d_qkv + start * stride + item.head * head_dim, stride, count, head_dim);
+    Y* const d_q = a.d_qkv + start * stride + item.head * head_dim;
+    if (prepare) {
+        write_head_gradient(a.options, 0, item, begin, w.d_queries, width, a.scale, q, d_q, stride, count, head_dim,
+                            norm_sums_of(a, item, 0));
+    } else {
+        write_rows(w.d_queries, width, a.scale, d_q, stride, count, head_dim);
+    }
 }
 
 template <class Y>
@@ -149,12 +170,22 @@ void attention_backward_head(const AttentionBackward<Y>& a, const HeadOfSequence
     const int64_t part = a.heads * a.head_dim, stride = 3 * part;
     const int64_t k_offset = item.start * stride + part + item.head * a.head_dim;
     const int64_t columns = round_to_lanes(item.length), width = round_to_lanes(a.head_dim);
-    transposed_panel<kPairs>(a.qkv + k_offset, stride, item.length, a.head_dim, columns, w.keys_t);
+    const Y* const k = a.qkv + k_offset;
+    const bool prepare = a.options.active(1);
+    if (prepare) prepare_rows(a.options, 1, item, 0, k, stride, item.length, a.head_dim, w.prepared_keys);
+    const Y* const seen = prepare ? w.prepared_keys : k;
+    const int64_t seen_stride = prepare ? a.head_dim : stride;
+    transposed_panel<kPairs>(seen, seen_stride, item.length, a.head_dim, columns, w.keys_t);
     transposed_panel<kPairs>(a.qkv + k_offset + part, stride, item.length, a.head_dim, columns, w.values_t);
-    row_panel<kPairs>(a.qkv + k_offset, stride, item.length, a.head_dim, width, w.keys);
+    row_panel<kPairs>(seen, seen_stride, item.length, a.head_dim, width, w.keys);
     for (int64_t i = 0; i < item.length; i += block) {
         backward_block(a, item, i, std::min(block, item.length - i), w, d_bias);
     }
-    write_rows(w.d_keys, width, a.scale, a.d_qkv + k_offset, stride, item.length, a.head_dim);
+    if (prepare) {
+        write_head_gradient(a.options, 1, item, 0, w.d_keys, width, a.scale, k, a.d_qkv + k_offset, stride, item.length,
+                            a.head_dim, norm_sums_of(a, item, 2));
+    } else {
+        write_rows(w.d_keys, width, a.scale, a.d_qkv + k_offset, stride, item.length, a.head_dim);
+    }
     write_rows(w.d_values, width, 1.0f, a.d_qkv + k_offset + part, stride, item.length, a.head_dim);
 }

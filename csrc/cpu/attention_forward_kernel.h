@@ -3,12 +3,15 @@
 #include "attention_rows.h"
 #include "gemm.h"
 #include "vec_math.h"
+// after those
+#include "attention_heads_kernel.h"
 
 template <class Y>
 struct ForwardWorkspace {
     static constexpr bool kPairs = VITFAST_LEVEL >= 3 && std::is_same_v<Y, bf16>;
     uint32_t *keys, *values, *queries, *weights;
     float *logits, *sums, *out;
+    Y *prepared_keys, *prepared_queries;  // rows of E after norm and rotation, where there is any
 
     // block: query rows at a time; length: longest sequence.
     ForwardWorkspace(Scratch& scratch, int64_t block, int64_t length, int64_t head_dim) {
@@ -21,6 +24,8 @@ struct ForwardWorkspace {
         queries = scratch.take<uint32_t>(block * words_for<kPairs>(head_dim));
         out = scratch.take<float>(block * width);
         sums = scratch.take<float>(block);
+        prepared_keys = scratch.take<Y>(length * head_dim);
+        prepared_queries = scratch.take<Y>(block * head_dim);
     }
 };
 
@@ -57,7 +62,12 @@ void attention_pack(const AttentionForward<Y>& a, const HeadOfSequence& item, Fo
     const int64_t stride = 3 * a.heads * a.head_dim;
     const int64_t columns = round_to_lanes(item.length), width = round_to_lanes(a.head_dim);
     const Y* const k = a.qkv + item.start * stride + (a.heads + item.head) * a.head_dim;
-    transposed_panel<kPairs>(k, stride, item.length, a.head_dim, columns, w.keys);
+    if (a.options.active(1)) {
+        prepare_rows(a.options, 1, item, 0, k, stride, item.length, a.head_dim, w.prepared_keys);
+        transposed_panel<kPairs>(w.prepared_keys, a.head_dim, item.length, a.head_dim, columns, w.keys);
+    } else {
+        transposed_panel<kPairs>(k, stride, item.length, a.head_dim, columns, w.keys);
+    }
     row_panel<kPairs>(k + a.heads * a.head_dim, stride, item.length, a.head_dim, width, w.values);
 }
 
@@ -69,7 +79,10 @@ void attention_block(const AttentionForward<Y>& a, const HeadOfSequence& item, i
     const int64_t stride = 3 * a.heads * a.head_dim, pitch = words_for<kPairs>(a.head_dim);
     const int64_t columns = round_to_lanes(item.length), width = round_to_lanes(a.head_dim);
     const Y* const q = a.qkv + (item.start + begin) * stride + item.head * a.head_dim;
-    const Operand queries = row_operand<kPairs>(q, stride, count, a.head_dim, w.queries);
+    const bool prepare = a.options.active(0);
+    if (prepare) prepare_rows(a.options, 0, item, begin, q, stride, count, a.head_dim, w.prepared_queries);
+    const Operand queries = row_operand<kPairs>(prepare ? w.prepared_queries : q, prepare ? a.head_dim : stride, count,
+                                                a.head_dim, w.queries);
     for (int64_t i = count; i < std::min(item.length - begin, 2 * count); ++i) {
         prefetch_row(q + i * stride, a.head_dim);  // the next block's
     }

@@ -1,7 +1,8 @@
 // Includes the file VITFAST_KERNEL once per instruction set, inside namespace vitfast::VITFAST_ISA and with that set
 // switched on for the functions it defines. Whatever the kernel uses from outside must be included before: a function
 // of the standard library compiled with AVX-512 could replace the one that every CPU can run. Included once per .cpp.
-// VITFAST_LEVEL: 0 portable, 1 AVX2 + FMA, 2 AVX-512, 3 AVX-512 with bf16.
+// VITFAST_LEVEL: 0 portable, 1 AVX2 + FMA, 2 AVX-512, 3 AVX-512 with bf16 and VNNI. VITFAST_VNNI: whether products of
+// 8-bit integers have an instruction; level 2 comes without, and once more with it if VITFAST_WITH_VNNI is defined.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -15,6 +16,7 @@
 #include <immintrin.h>
 #endif
 
+#define VITFAST_VNNI 0
 #define VITFAST_LEVEL 0
 #define VITFAST_ISA portable
 namespace vitfast::portable {
@@ -50,8 +52,25 @@ namespace vitfast::avx512 {
 #undef VITFAST_ISA
 #pragma GCC pop_options
 
+#undef VITFAST_VNNI
+#define VITFAST_VNNI 1
+
+#ifdef VITFAST_WITH_VNNI
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512")
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,prefer-vector-width=512")
+#define VITFAST_LEVEL 2
+#define VITFAST_ISA avx512_vnni
+namespace vitfast::avx512_vnni {
+#include "vec.h"
+#include VITFAST_KERNEL
+}  // namespace vitfast::avx512_vnni
+#undef VITFAST_LEVEL
+#undef VITFAST_ISA
+#pragma GCC pop_options
+#endif
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,prefer-vector-width=512")
 #define VITFAST_LEVEL 3
 #define VITFAST_ISA avx512_bf16
 namespace vitfast::avx512_bf16 {
@@ -63,3 +82,4 @@ namespace vitfast::avx512_bf16 {
 #pragma GCC pop_options
 
 #endif  // VITFAST_X86
+#undef VITFAST_VNNI

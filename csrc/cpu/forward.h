@@ -10,7 +10,9 @@ void layer_norm_forward(Tensor x, OptionalTensor branch, OptionalTensor scale, O
 void linear(Tensor x, Tensor weight, bool transposed, OptionalTensor bias, std::string activation,
             OptionalTensor residual, OptionalTensor scale, OptionalTensor drop_path, OptionalTensor before, Tensor out);
 void activation_forward(Tensor h, std::string name, Tensor out);
-void attention_forward(Tensor qkv, double scale, OptionalTensor bias, OptionalTensor padding, Tensor cu_seqlens,
-                       int64_t max_seqlen, Tensor out, Tensor lse);
+void attention_forward(Tensor qkv, double scale, OptionalTensor bias, OptionalTensor padding, OptionalTensor cos,
+                       OptionalTensor sin, bool interleaved, std::string q_norm, std::string k_norm,
+                       OptionalTensor q_weight, OptionalTensor q_bias, OptionalTensor k_weight, OptionalTensor k_bias,
+                       double q_eps, double k_eps, Tensor cu_seqlens, int64_t max_seqlen, Tensor out, Tensor lse);
 
 }  // namespace vitfast

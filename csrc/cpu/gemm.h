@@ -58,38 +58,42 @@ struct Ahead {
     }
 };
 
+constexpr int64_t kSumWords = 512;   // words of the contracted axis that are summed in registers
 constexpr int64_t kAheadWords = 32;  // words of the contracted axis between two fetches
 
-// C[M, N vectors] = (or +=) A[M, words] * panel, accumulators in registers.
+// C[M, N vectors] = (or +=) A[M, words] * panel. Sums of kSumWords products are made in registers and added up in C: in
+// one go, rounding would grow with the length.
 template <bool kPairs, int M, int N>
 void multiply_tile(Operand a, const uint32_t* panel, int64_t columns, int64_t words, float* c, int64_t c_row, bool add,
                    Ahead* ahead) {
-    Vec sum[M][N];
+    int64_t k = 0;
+    do {
+        const int64_t end = std::min(words, k + kSumWords);
+        Vec sum[M][N] = {};
+        while (k < end) {
+            if (ahead) ahead->fetch();
+            for (const int64_t last = std::min(end, k + kAheadWords); k < last; ++k) {
+                Vec b[N];
+#pragma GCC unroll 4
+                for (int n = 0; n < N; ++n) b[n] = load_words(panel + k * columns + n * kLanes);
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
+                for (int m = 0; m < M; ++m) {
+                    const Vec value = broadcast_word(a.data + m * a.row + k * a.word);
 #pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) sum[m][n] = add ? load(c + m * c_row + n * kLanes) : Vec{};
-    }
-    for (int64_t first = 0; first < words; first += kAheadWords) {
-        if (ahead) ahead->fetch();
-        const int64_t last = std::min(words, first + kAheadWords);
-        for (int64_t k = first; k < last; ++k) {
-            Vec b[N];
-#pragma GCC unroll 4
-            for (int n = 0; n < N; ++n) b[n] = load_words(panel + k * columns + n * kLanes);
-#pragma GCC unroll 8
-            for (int m = 0; m < M; ++m) {
-                const Vec value = broadcast_word(a.data + m * a.row + k * a.word);
-#pragma GCC unroll 4
-                for (int n = 0; n < N; ++n) sum[m][n] = multiply_add<kPairs>(value, b[n], sum[m][n]);
+                    for (int n = 0; n < N; ++n) sum[m][n] = multiply_add<kPairs>(value, b[n], sum[m][n]);
+                }
             }
         }
-    }
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
+        for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) store(c + m * c_row + n * kLanes, sum[m][n]);
-    }
+            for (int n = 0; n < N; ++n) {
+                float* const to = c + m * c_row + n * kLanes;
+                store(to, add ? load(to) + sum[m][n] : sum[m][n]);
+            }
+        }
+        add = true;
+    } while (k < words);
 }
 
 template <bool kPairs, int N>

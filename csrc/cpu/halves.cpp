@@ -51,7 +51,8 @@ void norm_attention_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, doub
     const Tensor qkv = empty(x, {rows, 3, heads, head_dim}, dtype), flat = torch::stable::view(qkv, {rows, outputs});
     linear(norm(x, norm_weight, norm_bias, eps, dtype), qkv_weight, false, qkv_bias, "none", {}, {}, {}, {}, flat);
     const Tensor attended = empty(x, {rows, heads, head_dim}, dtype), lse = empty(x, {heads, rows}, kFloat);
-    attention_forward(qkv, scale, {}, {}, cu_seqlens, max_seqlen, attended, lse);
+    attention_forward(qkv, scale, {}, {}, {}, {}, false, "", "", {}, {}, {}, {}, 0.0, 0.0, cu_seqlens, max_seqlen,
+                      attended, lse);
     linear(torch::stable::view(attended, {rows, heads * head_dim}), proj_weight, false, proj_bias, "none", x,
            proj_scale, {}, {}, out);
 }

@@ -10,7 +10,7 @@
 namespace vitfast {
 namespace {
 
-constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16"};
 
 Capability best_capability() {
 #if VITFAST_X86
@@ -20,7 +20,8 @@ Capability best_capability() {
                                  bool(__builtin_cpu_supports("avx512dq")), bool(__builtin_cpu_supports("avx512vl"))}) {
         if (!supported) return Capability::kAvx2;
     }
-    return __builtin_cpu_supports("avx512bf16") ? Capability::kAvx512Bf16 : Capability::kAvx512;
+    if (!__builtin_cpu_supports("avx512vnni")) return Capability::kAvx512;  // so has every CPU with bf16
+    return __builtin_cpu_supports("avx512bf16") ? Capability::kAvx512Bf16 : Capability::kAvx512Vnni;
 #else
     return Capability::kPortable;
 #endif
@@ -35,7 +36,7 @@ std::string get_capability() { return kNames[static_cast<int>(cpu_capability())]
 
 // For tests: makes the whole process use one instruction set.
 void set_capability(std::string name) {
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i <= static_cast<int>(Capability::kAvx512Bf16); ++i) {
         if (name != kNames[i]) continue;
         if (i > static_cast<int>(best_capability())) {
             fail("capability \"", name, "\" is not what this CPU can run; best: \"",

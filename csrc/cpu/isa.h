@@ -20,17 +20,27 @@ struct fp16 {
     uint16_t bits;
 };
 
-enum class Capability { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
+enum class Capability { kPortable, kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16 };
 
 Capability cpu_capability();
 
 }  // namespace vitfast
+
+// Only kernels that multiply 8-bit integers have a version of their own for AVX-512 with VNNI and without bf16.
+#ifdef VITFAST_WITH_VNNI
+#define VITFAST_AVX512_VNNI avx512_vnni
+#else
+#define VITFAST_AVX512_VNNI avx512
+#endif
 
 #if VITFAST_X86
 #define VITFAST_DISPATCH(call)                   \
     switch (::vitfast::cpu_capability()) {       \
         case ::vitfast::Capability::kAvx512Bf16: \
             avx512_bf16::call;                   \
+            break;                               \
+        case ::vitfast::Capability::kAvx512Vnni: \
+            VITFAST_AVX512_VNNI::call;           \
             break;                               \
         case ::vitfast::Capability::kAvx512:     \
             avx512::call;                        \

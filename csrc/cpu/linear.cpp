@@ -1,3 +1,5 @@
+#include "linear.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -12,25 +14,8 @@
 // O outputs. The right operand is packed into panels of columns that stay in L2; the left one is read where it lies.
 namespace vitfast {
 
-constexpr int64_t kPanelColumns = 64;  // 4 vectors of AVX-512, the width of its register tile
-constexpr int64_t kPanelStep = 16;     // the last panel's columns are rounded up to this
-constexpr int64_t kDepth = 1536;       // words of a panel at a time: 384 KiB, with the rows' block inside 1 MiB of L2
-constexpr int64_t kBlockRows = 204;    // 34 register tiles: a panel read from L3 serves all of them; 197 tokens are one
-
-inline int64_t panels_of(int64_t outputs) { return (outputs + kPanelColumns - 1) / kPanelColumns; }
-
-inline int64_t panel_columns(int64_t outputs, int64_t panel) {
-    const int64_t left = outputs - panel * kPanelColumns;
-    return left >= kPanelColumns ? kPanelColumns : (left + kPanelStep - 1) / kPanelStep * kPanelStep;
-}
-
-// A vector of fp32 or bf16 numbers, or (both null) none.
-struct Parameter {
-    const float* as_float = nullptr;
-    const bf16* as_bf16 = nullptr;
-};
-
-enum class Finish { kNone, kGelu, kGeluTanh, kQuickGelu };
+constexpr int64_t kDepth = 1536;     // words of a panel at a time: 384 KiB, with the rows' block inside 1 MiB of L2
+constexpr int64_t kBlockRows = 204;  // 34 register tiles: a panel read from L3 serves all of them; 197 tokens are one
 
 template <class Y>
 struct RightOperand {
@@ -126,21 +111,6 @@ void with_dtype(const Tensor& x, const Run& run) {
     }
 }
 
-Parameter parameter(const char* name, const OptionalTensor& x, int64_t size) {
-    check(name, x, Device::kCpu, {ScalarType::Float, ScalarType::BFloat16}, {size});
-    if (!x.has_value()) return {};
-    if (x->scalar_type() == ScalarType::Float) return {data<float>(x), nullptr};
-    return {nullptr, data<bf16>(x)};
-}
-
-Finish finish_of(const std::string& activation) {
-    if (activation == "none") return Finish::kNone;
-    if (activation == "gelu") return Finish::kGelu;
-    if (activation == "gelu_tanh") return Finish::kGeluTanh;
-    if (activation == "quick_gelu") return Finish::kQuickGelu;
-    fail("activation is \"", activation, "\"; allowed: \"none\", \"gelu\", \"gelu_tanh\", \"quick_gelu\"");
-}
-
 }  // namespace
 
 // out[T, O] = act(x[T, I] W^T + bias), W = weight[O, I] or, transposed, weight[I, O]. bias[O] and scale[O] are fp32 or
@@ -193,7 +163,7 @@ void linear(Tensor x, Tensor weight, bool transposed, OptionalTensor bias, std::
         const int64_t threads = torch::stable::get_num_threads();
         for_each_item(args, split, [&](int64_t begin, int64_t end, int64_t panel, int64_t, const Workspace& workspace) {
             // Which item comes next is not known: if all threads are equally fast, it is this one.
-            const int64_t next = split.blocks == 1 ? panel + threads : panel;
+            const int64_t next = panel + threads;
             VITFAST_DISPATCH(pack_and_multiply(args, right, begin, end, panel, next, workspace));
         });
     };

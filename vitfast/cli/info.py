@@ -26,10 +26,13 @@ _CPU_FLAGS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--rates", action="store_true", help="also measure copies and matrix products (two seconds)")
 
 
 def run(args: argparse.Namespace) -> int:
     facts = gather()
+    if args.rates:
+        facts["rates"] = _rates()
     print(json.dumps(facts, indent=2) if args.json else "\n".join(_lines(facts)))
     return 0
 
@@ -58,6 +61,15 @@ def gather() -> dict[str, Any]:
         "extension": ops.extension_status(),
         "backends": ops.backends(),
     }
+
+
+def _rates() -> dict[str, dict[str, Any]]:
+    """Device -> what it reaches, as the floors of `vitfast bench` take it."""
+    import torch
+
+    from vitfast.benchmarks.machine import rates
+
+    return {device: rates(device) for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else []))}
 
 
 def _package_versions() -> dict[str, str | None]:
@@ -129,6 +141,9 @@ def _lines(facts: dict[str, Any]) -> list[str]:
             else "torch is built without CUDA"
         )
         lines.append(f"GPU   none ({built})")
+    for device, rate in facts.get("rates", {}).items():
+        products = ", ".join(f"{dtype} {tflops:.3g} TFLOP/s" for dtype, tflops in rate["matrix_tflops"].items())
+        lines.append(f"{device.upper():<5} measured: copy {rate['copy_gb_per_s']:.3g} GB/s, products {products}")
     lines += ["", "extension"]
     for library, status in facts["extension"].items():
         state = f"loaded from {status['path']}" if status["loaded"] else f"not loaded: {_flat(status['error'])}"
@@ -142,13 +157,15 @@ def backend_table(rows: list[dict[str, Any]]) -> list[str]:
     backends = list(dict.fromkeys(row["backend"] for row in rows))
     known = {(row["op"], row["backend"]): row for row in rows}
     width = max([len("op"), *map(len, ops)])
-    lines = [f"{'op':<{width}}  " + "  ".join(f"{name:<6}" for name in backends)]
+    lines = [f"{'op':<{width}}  " + "  ".join(f"{name:<{_wide(name)}}" for name in backends)]
     for op in ops:
         cells = []
         for backend in backends:
             row = known.get((op, backend))
             cells.append("-" if row is None else "yes" if row["available"] else "no")
-        lines.append(f"{op:<{width}}  " + "  ".join(f"{cell:<6}" for cell in cells))
+        lines.append(
+            f"{op:<{width}}  " + "  ".join(f"{cell:<{_wide(name)}}" for cell, name in zip(cells, backends, strict=True))
+        )
     reasons: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if not row["available"]:
@@ -157,6 +174,10 @@ def backend_table(rows: list[dict[str, Any]]) -> list[str]:
         which = "" if len(affected) == len(ops) else f" ({', '.join(affected)})"
         lines.append(f"{backend}: {reason}{which}")
     return lines
+
+
+def _wide(name: str) -> int:
+    return max(6, len(name))
 
 
 def _flat(text: str | None) -> str:

@@ -39,12 +39,14 @@ class AttentionPoolLatent(nn.Module):
         self.mlp = Mlp(dim, mlp_hidden, activation=activation, backend=backend)
         nn.init.trunc_normal_(self.latent, std=dim**-0.5)
 
-    def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
-        """Tokens [B, L, D] to one vector per image, [B, D]."""
+    def forward(self, x_BLD: torch.Tensor, bias_BL: torch.Tensor | None = None) -> torch.Tensor:
+        """Tokens [B, L, D] to one vector per image, [B, D]; bias is added to each token's logit."""
         heads = (self.num_heads, self.head_dim)
         q_1H1E = self.q(self.latent).unflatten(-1, heads).transpose(1, 2)
         kv_BLC = ops.linear(x_BLD, self.kv.weight, self.kv.bias)
         k_BHLE, v_BHLE = kv_BLC.unflatten(-1, (2, *heads)).permute(2, 0, 3, 1, 4).unbind(0)
-        pooled_BH1E = F.scaled_dot_product_attention(q_1H1E.expand(x_BLD.shape[0], -1, -1, -1), k_BHLE, v_BHLE)
+        q_BH1E = q_1H1E.expand(x_BLD.shape[0], -1, -1, -1)
+        mask = None if bias_BL is None else bias_BL[:, None, None, :].to(q_BH1E.dtype)
+        pooled_BH1E = F.scaled_dot_product_attention(q_BH1E, k_BHLE, v_BHLE, attn_mask=mask)
         pooled_BD = self.proj(pooled_BH1E.flatten(1))
         return pooled_BD + self.mlp(self.norm(pooled_BD))

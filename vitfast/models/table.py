@@ -3,42 +3,22 @@
 from typing import Any
 
 from vitfast.models.config import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, ViTConfig
-
-# name of a size -> width, depth, heads, MLP hidden over width
-SIZES: dict[str, tuple[int, int, int, float]] = {
-    "tiny": (192, 12, 3, 4),
-    "xsmall": (256, 10, 4, 4),
-    "wee": (256, 14, 4, 5),
-    "little": (320, 14, 5, 5.6),
-    "small": (384, 12, 6, 4),
-    "small36": (384, 36, 6, 4),
-    "medium": (512, 12, 8, 4),
-    "mediumd": (512, 20, 8, 4),
-    "betwixt": (640, 12, 10, 4),
-    "base": (768, 12, 12, 4),
-    "base48": (768, 12, 16, 4),  # sixteen heads of 48
-    "plus": (896, 12, 14, 4),
-    "so150m": (896, 18, 14, 2.572),
-    "so150m2": (832, 21, 13, 34 / 13),
-    "large": (1024, 24, 16, 4),
-    "so400m": (1152, 27, 16, 3.7362),
-    "huge": (1280, 32, 16, 4),
-    "giant": (1408, 40, 16, 48 / 11),
-    "giantopt": (1536, 40, 16, 4),
-    "gigantic": (1664, 48, 16, 64 / 13),
-    "digits": (128, 6, 4, 4),  # this project's own, for images of 8 to 32 pixels
-    "compact": (192, 6, 3, 4),
-}
+from vitfast.models.table_eva import EVA_CONFIGS
+from vitfast.models.table_rows import family
 
 IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+ZERO_ONE = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
 CLIP = {"mean": CLIP_MEAN, "std": CLIP_STD, "pre_norm": True, "norm_eps": 1e-5}
 DEIT3 = {**IMAGENET, "init_values": 1e-6, "no_embed_class": True}
 DINOV2 = {**IMAGENET, "init_values": 1e-5, "crop_pct": 1.0}
 DINOV2_REG = {**DINOV2, "reg_tokens": 4, "no_embed_class": True}
-TIPS = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "init_values": 1.0, "reg_tokens": 1, "no_embed_class": True}
+TIPS = {**ZERO_ONE, "init_values": 1.0, "reg_tokens": 1, "no_embed_class": True}
+_SQUASH = {"crop_mode": "squash"}
 GAP = {"class_token": False, "global_pool": "avg", "fc_norm": False}  # average pooling after the final norm
 MAP = {"class_token": False, "global_pool": "map"}
 TANH = {"activation": "gelu_tanh"}
+QUICK = {"activation": "quick_gelu"}
+SWIGLU_GIANT = {"embed_dim": 1536, "num_heads": 24, "mlp_ratio": 2.66667, "mlp_layer": "swiglu_packed"}
 SBB = {
     "class_token": False,
     "global_pool": "avg",
@@ -51,24 +31,7 @@ CONFIGS: dict[str, ViTConfig] = {}
 
 
 def _family(shared: dict[str, Any], **rows: tuple) -> None:
-    """Adds rows of name = (size, patch size, image size[, crop_pct[, further fields]]), pixels, to the table."""
-    for name, (size, patch_size, img_size, *rest) in rows.items():
-        embed_dim, depth, num_heads, mlp_ratio = SIZES[size]
-        fields = dict(shared)
-        if rest:
-            fields["crop_pct"] = rest[0]
-        for further in rest[1:]:
-            fields.update(further)
-        CONFIGS[name] = ViTConfig(
-            name=name,
-            img_size=img_size,
-            patch_size=patch_size,
-            embed_dim=embed_dim,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
-            **fields,
-        )
+    CONFIGS.update(family(shared, **rows))
 
 
 # Dosovitskiy et al. 2021 (base, large, huge); Steiner et al. 2022 (tiny, small); Zhai et al. 2022 (giant, gigantic)
@@ -87,6 +50,7 @@ _family(
     vit_base_patch8_224=("base", 8, 224),
     vit_base_patch16_224=("base", 16, 224),
     vit_base_patch16_384=("base", 16, 384, 1.0),
+    vit_base_patch16_224_miil=("base", 16, 224, 0.875, {"qkv_bias": False}, ZERO_ONE, {"interpolation": "bilinear"}),
     vit_base_patch16_gap_224=("base48", 16, 224, 0.9, GAP),
     vit_base_patch16_plus_240=("plus", 16, 240, 0.95, {"init_values": 1e-5}),
     vit_base_patch32_224=("base", 32, 224),
@@ -139,22 +103,24 @@ _family(
     vit_small_patch14_dinov2=("small", 14, 518),
     vit_base_patch14_dinov2=("base", 14, 518),
     vit_large_patch14_dinov2=("large", 14, 518),
+    vit_giant_patch14_dinov2=("giant", 14, 518, 1.0, SWIGLU_GIANT),
 )
 _family(
     DINOV2_REG,
     vit_small_patch14_reg4_dinov2=("small", 14, 518),
     vit_base_patch14_reg4_dinov2=("base", 14, 518),
     vit_large_patch14_reg4_dinov2=("large", 14, 518),
+    vit_giant_patch14_reg4_dinov2=("giant", 14, 518, 1.0, SWIGLU_GIANT),
 )
 _family(
     TIPS,
     vit_base_patch14_reg1_tipsv2=("base", 14, 448, 1.0),
     vit_large_patch14_reg1_tipsv2=("large", 14, 448, 1.0),
     vit_so400m_patch14_reg1_tipsv2=("so400m", 14, 448, 1.0),
+    vit_giant_patch14_reg1_tipsv2=("giant", 14, 448, 1.0, SWIGLU_GIANT),
 )
 
 # Radford et al. 2021 (CLIP) and its successors with the exact GELU
-_SQUASH = {"crop_mode": "squash"}
 _HALF = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
 _family(
     CLIP,
@@ -177,6 +143,36 @@ _family(
     vit_giant_patch14_clip_224=("giant", 14, 224, 1.0),
     vit_gigantic_patch14_clip_224=("gigantic", 14, 224, 1.0),
     vit_gigantic_patch14_clip_378=("gigantic", 14, 378, 1.0, _SQUASH),
+)
+_family(
+    {**CLIP, **QUICK},  # as OpenAI trained them
+    vit_base_patch16_clip_quickgelu_224=("base", 16, 224, 1.0),
+    vit_base_patch32_clip_quickgelu_224=("base", 32, 224),
+    vit_large_patch14_clip_quickgelu_224=("large", 14, 224, 1.0),
+    vit_large_patch14_clip_quickgelu_336=("large", 14, 336, 1.0),
+    vit_huge_patch14_clip_quickgelu_224=("huge", 14, 224, 1.0),
+    vit_huge_patch14_clip_quickgelu_378=("huge", 14, 378, 1.0),
+    vit_gigantic_patch14_clip_quickgelu_224=("gigantic", 14, 224, 1.0),
+)
+
+# Wang et al. 2023 (BEiT-3), Chen et al. 2024 (InternViT), Fang et al. 2023 (EVA in the plain layout)
+_BEIT3 = {**IMAGENET, "scale_attn_norm": True, "scale_mlp_norm": True, "global_pool": "avg", "norm_eps": 1e-5}
+_family(
+    {},
+    beit3_base_patch16_224=("base", 16, 224, 1.0, _BEIT3),
+    beit3_large_patch16_224=("large", 16, 224, 1.0, _BEIT3),
+    beit3_giant_patch14_224=("giant", 14, 224, 1.0, _BEIT3),
+    beit3_giant_patch14_336=("giant", 14, 336, 1.0, _BEIT3),
+    vit_intern300m_patch14_448=(
+        "large",
+        14,
+        448,
+        1.0,
+        IMAGENET,
+        {"init_values": 0.1, "final_norm": False, "dynamic_img_size": True},
+    ),
+    eva_large_patch14_196=("large", 14, 196, 1.0, {"mean": CLIP_MEAN, "std": CLIP_STD, "global_pool": "avg"}),
+    eva_large_patch14_336=("large", 14, 336, 1.0, {"mean": CLIP_MEAN, "std": CLIP_STD, "global_pool": "avg"}, _SQUASH),
 )
 
 # Zhai et al. 2023 (SigLIP), Tschannen et al. 2025 (SigLIP 2)
@@ -264,3 +260,5 @@ _family(
     vit_tiny_patch4_28=("compact", 4, 28),
     vit_tiny_patch4_32=("compact", 4, 32),
 )
+
+CONFIGS.update(EVA_CONFIGS)

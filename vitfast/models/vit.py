@@ -4,21 +4,32 @@ B images, C channels, Hi x Wi pixels, N patches, R prefix tokens (class and regi
 K classes.
 """
 
+from __future__ import annotations
+
+import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitfast.layers.attention_pool import AttentionPoolLatent
-from vitfast.layers.block import Block
+from vitfast.layers.block import BLOCKS
 from vitfast.layers.drop_path import drop_path_rates
 from vitfast.layers.layer_norm import LayerNorm
+from vitfast.layers.patch_dropout import PatchDropout
 from vitfast.layers.patch_embed import PatchEmbed
-from vitfast.models.config import POOLINGS, ViTConfig, check_choice, per_channel
+from vitfast.layers.resample import resample_pos_embed
+from vitfast.layers.rope import RotaryEmbedding
+from vitfast.layers.token_merging import MERGING_BLOCKS
+from vitfast.layers.tokens import FULL, Tokens, additive
+from vitfast.layers.untouched import watched
+from vitfast.models import intermediates, packed, surgery
+from vitfast.models.config import ViTConfig, per_channel
+from vitfast.models.pooling import pool_tokens
 
 
 class VisionTransformer(nn.Module):
@@ -34,7 +45,7 @@ class VisionTransformer(nn.Module):
         self.num_classes = config.num_classes
         self.global_pool = config.global_pool
         self.num_prefix_tokens = config.num_prefix_tokens
-        self.num_features = self.embed_dim = config.embed_dim
+        self.num_features = self.head_hidden_size = self.embed_dim = config.embed_dim
         self.recompute = config.recompute
         dim, backend = config.embed_dim, config.backend
 
@@ -46,215 +57,265 @@ class VisionTransformer(nn.Module):
             bias=not config.pre_norm,
             mean=per_channel(config.mean, config.in_chans) if config.normalize else None,
             std=per_channel(config.std, config.in_chans) if config.normalize else None,
+            dynamic=config.dynamic_img_size,
+            pad=config.dynamic_img_pad,
             backend=backend,
         )
-        embed_len = self.patch_embed.num_patches + (0 if config.no_embed_class else self.num_prefix_tokens)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if config.class_token else None
+        self.cls_token: nn.Parameter | None = nn.Parameter(torch.empty(1, 1, dim)) if config.class_token else None
         self.reg_token = nn.Parameter(torch.empty(1, config.reg_tokens, dim)) if config.reg_tokens else None
-        self.pos_embed = nn.Parameter(torch.empty(1, embed_len, dim))
-        self.norm_pre = self._norm() if config.pre_norm else nn.Identity()
-        self.blocks = nn.Sequential(
-            *[
-                Block(
-                    dim,
-                    config.num_heads,
-                    config.mlp_hidden,
-                    qkv_bias=config.qkv_bias,
-                    activation=config.activation,
-                    norm_eps=config.norm_eps,
-                    init_values=config.init_values,
-                    proj_drop=config.proj_drop_rate,
-                    drop_path=drop_path,
-                    backend=backend,
-                    recompute=config.block_recompute,
-                )
-                for drop_path in drop_path_rates(config.drop_path_rate, config.depth)
-            ]
-        )
-        self.norm = nn.Identity() if config.norm_after_pool else self._norm()
-        self.attn_pool = (
+        embed_len = self.num_embedded_prefix_tokens + self.patch_embed.num_patches
+        learned = config.pos_embed == "learn"
+        self.pos_embed: nn.Parameter | None = nn.Parameter(torch.empty(1, embed_len, dim)) if learned else None
+        self.patch_drop = PatchDropout(config.patch_drop_rate, self.num_prefix_tokens)
+        self.rope = _rotary_embedding(config)
+        self.norm_pre: nn.Module = self._norm() if config.pre_norm else nn.Identity()
+        self.blocks = nn.Sequential(*_blocks(config))
+        self.norm: nn.Module = self._norm() if config.final_norm and not config.norm_after_pool else nn.Identity()
+        self.attn_pool: AttentionPoolLatent | None = (
             AttentionPoolLatent(
                 dim,
-                config.num_heads,
-                config.mlp_hidden,
-                activation=config.activation,
+                config.attn_pool_num_heads or config.num_heads,
+                int(dim * (config.attn_pool_mlp_ratio or config.mlp_ratio)),
+                activation="gelu" if config.block == "eva" else config.activation,
                 norm_eps=config.norm_eps,
                 backend=backend,
             )
             if config.global_pool == "map"
             else None
         )
-        self.fc_norm = self._norm() if config.norm_after_pool else nn.Identity()
+        self.fc_norm: nn.Module = self._norm() if config.final_norm and config.norm_after_pool else nn.Identity()
         self.head_drop = nn.Dropout(config.drop_rate)
         hidden = config.representation_size
-        self.pre_logits = _representation(dim, hidden) if hidden is not None else nn.Identity()
-        self.head = nn.Linear(hidden or dim, self.num_classes) if self.num_classes else nn.Identity()
+        self.pre_logits: nn.Module = _representation(dim, hidden) if hidden is not None else nn.Identity()
+        self.head: nn.Module = nn.Linear(hidden or dim, self.num_classes) if self.num_classes else nn.Identity()
         self.init_weights()
+
+    @property
+    def num_embedded_prefix_tokens(self) -> int:
+        """Class and register tokens that have position embeddings of their own."""
+        return 0 if self.config.no_embed_class else self.num_prefix_tokens
 
     def _norm(self) -> LayerNorm:
         return LayerNorm(self.config.embed_dim, self.config.norm_eps, backend=self.config.backend)
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """timm's start: truncated normal (std 0.02) for linear weights and positions, zero biases, tokens near zero."""
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        """timm's start: truncated normal (std 0.02) for linear weights and positions, zero biases, tokens near zero.
+
+        With an "eva" block, as its family: tokens like positions, each branch's last layer over sqrt(2 * its depth), and
+        a head a thousandth as large.
+        """
+        eva = self.config.block == "eva"
+        if self.pos_embed is not None:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for token in (self.cls_token, self.reg_token):
             if token is not None:
-                nn.init.normal_(token, std=1e-6)
+                nn.init.trunc_normal_(token, std=0.02) if eva else nn.init.normal_(token, std=1e-6)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        if eva:
+            for depth, block in enumerate(self.blocks, start=1):
+                for linear in (block.attn.proj, block.mlp.fc2):  # type: ignore[union-attr]
+                    linear.weight.div_(math.sqrt(2.0 * depth))  # type: ignore[union-attr, operator]
+            if isinstance(self.head, nn.Linear):
+                self.head.weight.mul_(0.001)
 
-    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        return self.forward_head(self.forward_features(images_BCHW))
+    def forward(
+        self, images_BCHW: Tensor, attn_mask: Tensor | None = None, key_padding_mask: Tensor | None = None
+    ) -> Tensor:
+        """Logits [B, K].
 
-    def forward_features(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        """All tokens after the last block and the final norm, [B, L, D]; the first R are class and registers."""
-        x_BLD = self.embed(images_BCHW)
-        for block in self.blocks:
-            x_BLD = self._run(block, x_BLD)
-        return self.norm(x_BLD)
-
-    def forward_head(self, x_BLD: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Tokens [B, L, D] to logits [B, K], or to what the head sees with ``pre_logits=True``."""
-        x_BD = self.pre_logits(self.head_drop(self.fc_norm(self.pool(x_BLD))))
-        return x_BD if pre_logits else self.head(x_BD)
-
-    def embed(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        """Images to the first block's input [B, L, D]: patches, positions, prefix tokens, dropout, norm_pre."""
-        tokens: list[torch.Tensor] = [token for token in (self.cls_token, self.reg_token) if token is not None]
-        prefix_1RD = torch.cat(tokens, dim=1) if tokens else None
-        x_BLD = self.patch_embed(images_BCHW, self.pos_embed, prefix_1RD)
-        return self.norm_pre(F.dropout(x_BLD, self.config.pos_drop_rate, self.training))
-
-    def _run(self, block: nn.Module, x_BLD: torch.Tensor) -> torch.Tensor:
-        if self.recompute == "block" and torch.is_grad_enabled():
-            return checkpoint(block, x_BLD, use_reentrant=False)  # keeps x and the RNG state, nothing inside
-        return block(x_BLD)
-
-    def pool(self, x_BLD: torch.Tensor) -> torch.Tensor:
-        """Tokens [B, L, D] to one vector per image [B, D]; with global_pool = "" the tokens as they are."""
-        patches_BND = x_BLD[:, self.num_prefix_tokens :]
-        if self.attn_pool is not None:
-            return self.attn_pool(patches_BND)
-        if self.global_pool == "token":
-            return x_BLD[:, 0]
-        if self.global_pool == "avg":
-            return patches_BND.mean(dim=1)
-        if self.global_pool == "max":
-            return patches_BND.amax(dim=1)
-        if self.global_pool == "avgmax":
-            return 0.5 * (patches_BND.amax(dim=1) + patches_BND.mean(dim=1))
-        return x_BLD
-
-    def forward_intermediates(
-        self,
-        images_BCHW: torch.Tensor,
-        indices: int | Sequence[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """Outputs of chosen blocks, as timm gives them.
-
-        indices: the last n blocks (int), these blocks (a sequence, negative from the end), or all (None).
-        norm: apply the final norm to each. stop_early: run no block after the last chosen one.
-        output_fmt: "NCHW" for maps [B, D, rows, columns] or "NLC" for tokens [B, N, D].
-        Returns (final tokens, list), or the list alone with intermediates_only; each entry becomes a pair (patches,
-        prefix tokens [B, R, D]) with return_prefix_tokens. Raises ValueError for an index without a block.
+        attn_mask: broadcasts to [B, H, L, L]; bool (True: may be seen) or a float added to the logits.
+        key_padding_mask: bool [B, N] or [B, L], True for patches that are padding: no token attends to them and they
+            do not count in the pooling. As in ``torch.nn.MultiheadAttention``.
+        Raises ValueError for images or masks that do not fit.
         """
-        check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
-        chosen = _block_indices(len(self.blocks), indices)
-        x_BLD = self.embed(images_BCHW)
-        outputs = {}
-        for i, block in enumerate(self.blocks):
-            if stop_early and i > max(chosen):
-                break
-            x_BLD = self._run(block, x_BLD)
-            if i in chosen:
-                outputs[i] = self.norm(x_BLD) if norm else x_BLD
-        prefixes = [outputs[i][:, : self.num_prefix_tokens] for i in chosen]
-        patches = [outputs[i][:, self.num_prefix_tokens :] for i in chosen]
-        if output_fmt == "NCHW":
-            grid = self.patch_embed.grid_size
-            patches = [y_BND.transpose(1, 2).unflatten(2, grid).contiguous() for y_BND in patches]
-        pairs = return_prefix_tokens and self.num_prefix_tokens > 0
-        intermediates: list = list(zip(patches, prefixes, strict=True)) if pairs else patches
-        return intermediates if intermediates_only else (self.norm(x_BLD), intermediates)
+        x_BLD, tokens = self._features(images_BCHW, attn_mask, key_padding_mask, for_head=True)
+        return self._head(x_BLD, tokens)
 
-    def get_intermediate_layers(
+    def forward_features(
+        self, images_BCHW: Tensor, attn_mask: Tensor | None = None, key_padding_mask: Tensor | None = None
+    ) -> Tensor:
+        """All tokens after the last block and the final norm, [B, L, D]; the first R are class and registers."""
+        return self._features(images_BCHW, attn_mask, key_padding_mask)[0]
+
+    def forward_head(self, x_BLD: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens [B, L, D] to logits [B, K], or to what the head sees with ``pre_logits=True``."""
+        return self._head(x_BLD, FULL, pre_logits)
+
+    def _features(
         self,
-        images_BCHW: torch.Tensor,
-        n: int | Sequence[int] = 1,
-        reshape: bool = False,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-    ) -> list:
-        """DINO's interface to ``forward_intermediates``: the last n blocks or the blocks n, as tokens or maps."""
-        fmt = "NCHW" if reshape else "NLC"
-        return self.forward_intermediates(
-            images_BCHW, n, return_prefix_tokens, norm, output_fmt=fmt, intermediates_only=True
+        images_BCHW: Tensor,
+        attn_mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+        *,
+        for_head: bool = False,
+    ) -> tuple[Tensor, Tokens]:
+        """Tokens after the final norm; ``for_head``: the class token alone [B, 1, D] where the head reads no other."""
+        x_BLD, tokens = self.start(images_BCHW, attn_mask, key_padding_mask)
+        last = len(self.blocks) - 1
+        block: Any
+        for i, block in enumerate(self.blocks):
+            enough = i == last and for_head and self._class_token_is_enough(block, tokens)
+            x_BLD, tokens = self.run_block(i, block.class_token if enough else block, x_BLD, tokens)
+        return self.norm(x_BLD), tokens
+
+    def _class_token_is_enough(self, block: Any, tokens: Tokens) -> bool:
+        reads_one = self.global_pool == "token" and self.attn_pool is None and not watched(self.norm)
+        return reads_one and type(block) in BLOCKS.values() and block.gives_class_token(tokens)
+
+    def embed(self, images_BCHW: Tensor) -> Tensor:
+        """Images to the first block's input [B, L, D]: patches, positions, prefix tokens, dropout, norm_pre."""
+        return self.start(images_BCHW)[0]
+
+    def start(
+        self,
+        images_BCHW: Tensor,
+        attn_mask: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        *,
+        any_size: bool = False,
+    ) -> tuple[Tensor, Tokens]:
+        """The first block's input [B, L, D], and what the blocks are told about these tokens.
+
+        any_size: take images of any size for this call, as with dynamic_img_size.
+        """
+        grid = self.patch_embed.grid_of(images_BCHW, any_size=any_size)
+        rope = None if self.rope is None else self.rope(grid, images_BCHW.device)
+        x_BLD = self.patch_embed(images_BCHW, self.positions(grid), self._prefix(), any_size=any_size)
+        x_BLD, kept_BK = self.patch_drop(F.dropout(x_BLD, self.config.pos_drop_rate, self.training))
+        if rope is not None and kept_BK is not None:
+            rope = rope.take(kept_BK)
+        if attn_mask is not None and kept_BK is not None:
+            raise ValueError("attn_mask does not go with patch_drop_rate in training: each image keeps other patches")
+        bias = None
+        if attn_mask is not None:
+            bias = additive(attn_mask, x_BLD) if attn_mask.dtype == torch.bool else attn_mask
+        padding = None
+        if key_padding_mask is not None:
+            padding = self._padding(key_padding_mask, x_BLD.shape[0], grid[0] * grid[1], kept_BK)
+        return self.norm_pre(x_BLD), Tokens(rope=rope, bias=bias, padding=padding)
+
+    def _prefix(self) -> Tensor | None:
+        """Class and register tokens [1, R, D]."""
+        prefix: list[Tensor] = [token for token in (self.cls_token, self.reg_token) if token is not None]
+        return torch.cat(prefix, dim=1) if prefix else None
+
+    def positions(self, grid: tuple[int, int]) -> Tensor | None:
+        """Position embeddings for this grid of patches, resampled where it is not the model's own."""
+        if self.pos_embed is None or grid == self.patch_embed.grid_size:
+            return self.pos_embed
+        return resample_pos_embed(
+            self.pos_embed, grid, self.patch_embed.grid_size, num_prefix_tokens=self.num_embedded_prefix_tokens
         )
 
-    def get_classifier(self) -> nn.Module:
-        """The head."""
-        return self.head
+    def _padding(self, mask: Tensor, images: int, patches: int, kept_BK: Tensor | None) -> Tensor:
+        """key_padding_mask for all tokens that are left, [B, L]; prefix tokens are no padding unless it says so."""
+        R = self.num_prefix_tokens
+        if mask.dtype != torch.bool or tuple(mask.shape) not in ((images, patches), (images, R + patches)):
+            raise ValueError(
+                f"key_padding_mask must be bool of shape {(images, patches)} or {(images, R + patches)},"
+                f" got {mask.dtype} of shape {tuple(mask.shape)}"
+            )
+        if self.config.token_merging:
+            raise ValueError("key_padding_mask does not go with token_merging: padding could merge into patches")
+        if mask.shape[1] == patches:
+            mask = F.pad(mask, (R, 0))
+        if kept_BK is not None:
+            mask = torch.cat([mask[:, :R], mask[:, R:].gather(1, kept_BK)], dim=1)
+        return mask
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the whole head, tanh layer included, by one zero-initialised linear (Dosovitskiy et al., B.1.1).
+    def run_block(self, number: int, block: Callable[..., Any], x: Tensor, tokens: Tokens) -> tuple[Tensor, Tokens]:
+        """The tokens after one block."""
+        told = self.told(number, tokens)
+        args = (x,) if all(part is None for part in told) else (x, told)  # other people's blocks take x alone
+        if self.recompute == "block" and torch.is_grad_enabled():
+            out = checkpoint(block, *args, use_reentrant=False)  # keeps x and the RNG state, nothing inside
+        else:
+            out = block(*args)
+        return (out[0], tokens._replace(size=out[1].size)) if isinstance(out, tuple) else (out, tokens)
 
-        num_classes = 0 leaves none. global_pool, if given, changes the pooling; attention pooling can be removed
-        but not added. The final norm stays where it is. Raises ValueError.
-        """
-        if global_pool is not None:
-            check_choice("global_pool", global_pool, POOLINGS)
-            if global_pool == "token" and self.cls_token is None:
-                raise ValueError("global_pool='token' needs a class token, and this model has none")
-            if global_pool == "map" and self.attn_pool is None:
-                raise ValueError("global_pool='map' cannot be added here; create the model with it")
-            if global_pool != "map":
-                self.attn_pool = None
-            self.global_pool = global_pool
-        self.num_classes = num_classes
-        self.pre_logits = nn.Identity()
-        self.head = nn.Identity()
-        if num_classes:
-            like = self.pos_embed
-            self.head = nn.Linear(self.embed_dim, num_classes, device=like.device, dtype=like.dtype)
-            nn.init.zeros_(self.head.weight)
-            nn.init.zeros_(self.head.bias)
+    def told(self, number: int, tokens: Tokens) -> Tokens:
+        """``tokens`` as block ``number`` gets them: learned rotations differ from layer to layer."""
+        if tokens.rope is None or self.config.rope_type != "mixed":
+            return tokens
+        return tokens._replace(rope=tokens.rope.layer(number))
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """timm's switch: recompute "block" when enabled, otherwise only what the blocks recompute by themselves."""
-        self.recompute = "block" if enable else self.config.block_recompute
+    # A file each: what looks inside, what takes images of several sizes at once, what changes the model.
+    forward_intermediates = intermediates.forward_intermediates
+    get_intermediate_layers = intermediates.get_intermediate_layers
+    attention_maps = intermediates.attention_maps
+    forward_packed = packed.forward_packed
+    get_classifier = surgery.get_classifier
+    reset_classifier = surgery.reset_classifier
+    set_input_size = surgery.set_input_size
+    prune_intermediate_layers = surgery.prune_intermediate_layers
+    set_grad_checkpointing = surgery.set_grad_checkpointing
+    no_weight_decay = surgery.no_weight_decay
+    group_matcher = surgery.group_matcher
 
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that optimizers should not decay, beside biases and norms."""
-        return {"pos_embed", "cls_token", "reg_token"}
+    def pool(self, x_BLD: Tensor, tokens: Tokens = FULL) -> Tensor:
+        """Tokens [B, L, D] to one vector per image [B, D]; with global_pool = "" the tokens as they are."""
+        first = 0 if self.config.pool_include_prefix else self.num_prefix_tokens
+        x_BND = x_BLD[:, first:]
+        padding, size = (None if part is None else part[:, first:] for part in (tokens.padding, tokens.size))
+        if self.attn_pool is not None:
+            bias = None if size is None else size.log()
+            return self.attn_pool(x_BND, bias if padding is None else additive(~padding, x_BND))
+        if self.global_pool == "token":
+            return x_BLD[:, 0]
+        return pool_tokens(x_BND, self.global_pool, padding, size) if self.global_pool else x_BLD
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's patterns for layer-wise learning rates: the stem, then each block; ``coarse`` changes nothing here."""
-        stem = r"^cls_token|reg_token|pos_embed|patch_embed|norm_pre"
-        return {"stem": stem, "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
+    def _head(self, x_BLD: Tensor, tokens: Tokens, pre_logits: bool = False) -> Tensor:
+        x_BD = self.pre_logits(self.head_drop(self.fc_norm(self.pool(x_BLD, tokens))))
+        return x_BD if pre_logits else self.head(x_BD)
+
+
+def _blocks(config: ViTConfig) -> Iterator[nn.Module]:
+    options: dict[str, Any] = {
+        "qkv_bias": config.qkv_bias,
+        "qkv_layout": config.qkv_layout,
+        "qk_norm": config.qk_norm,
+        "scale_attn_norm": config.scale_attn_norm,
+        "scale_mlp_norm": config.scale_mlp_norm,
+        "mlp_layer": config.mlp_layer,
+        "activation": config.activation,
+        "norm_eps": config.norm_eps,
+        "init_values": config.init_values,
+        "attn_drop": config.attn_drop_rate,
+        "proj_drop": config.proj_drop_rate,
+        "backend": config.backend,
+        "recompute": config.block_recompute,
+    }
+    kind: type[nn.Module] = BLOCKS[config.block]
+    if config.token_merging:
+        kind = MERGING_BLOCKS[config.block]
+        options |= {"merge": config.token_merging, "prefix": config.num_prefix_tokens}
+    for drop_path in drop_path_rates(config.drop_path_rate, config.depth):
+        yield kind(config.embed_dim, config.num_heads, config.mlp_hidden, drop_path=drop_path, **options)
+
+
+def _rotary_embedding(config: ViTConfig) -> RotaryEmbedding | None:
+    if config.rope_type is None:
+        return None
+    return RotaryEmbedding(
+        config.embed_dim // config.num_heads,
+        kind=config.rope_type,
+        temperature=config.rope_temperature,
+        ref_grid=config.ref_grid,
+        grid_offset=config.rope_grid_offset,
+        grid_indexing=config.rope_grid_indexing,
+        rotate_half=config.rope_rotate_half,
+        shift=config.rope_shift_coords,
+        jitter=config.rope_jitter_coords,
+        rescale=config.rope_rescale_coords,
+        depth=config.depth,
+        num_heads=config.num_heads,
+    )
 
 
 def _representation(dim: int, hidden: int) -> nn.Sequential:
     return nn.Sequential(OrderedDict(fc=nn.Linear(dim, hidden), act=nn.Tanh()))
-
-
-def _block_indices(depth: int, indices: int | Sequence[int] | None) -> list[int]:
-    """Block numbers from 0 for ``forward_intermediates``'s indices."""
-    if indices is None:
-        return list(range(depth))
-    if isinstance(indices, int):
-        if not 0 < indices <= depth:
-            raise ValueError(f"indices must be between 1 and the number of blocks {depth}, got {indices}")
-        return list(range(depth - indices, depth))
-    chosen = [depth + i if i < 0 else i for i in indices]
-    if not chosen or not all(0 <= i < depth for i in chosen):
-        raise ValueError(f"indices must name blocks of 0..{depth - 1} (or negative), got {list(indices)}")
-    return chosen

@@ -3,6 +3,7 @@
 from .attention import attention
 from .dispatch import backends
 from .heads import HeadNorm, Rope
+from .int8_linear import int8_linear
 from .layer_norm import add_layer_norm, layer_norm
 from .library import extension_status
 from .linear import linear
@@ -20,6 +21,7 @@ __all__ = [
     "attention",
     "backends",
     "extension_status",
+    "int8_linear",
     "layer_norm",
     "linear",
     "linear_residual",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -92,7 +93,7 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
 
 def fake_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """The shapes of a LayerNorm's mean and rstd, one number for each row of x [..., D]."""
-    mean = x.new_empty(x.shape[:-1].numel(), dtype=statistics_dtype(x))
+    mean = x.new_empty(math.prod(x.shape[:-1]), dtype=statistics_dtype(x))
     return mean, torch.empty_like(mean)
 
 

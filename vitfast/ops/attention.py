@@ -5,6 +5,7 @@ Legend: B images, L tokens, H heads, E head dim, T = B * L rows (or all rows of 
 
 from __future__ import annotations
 
+import math
 from importlib import import_module
 from typing import Any
 
@@ -83,7 +84,7 @@ def _forward(
 def _fake_forward(qkv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     *batch, _three, H, E = qkv.shape
     out = qkv.new_empty((*batch, H, E))
-    return out, qkv.new_empty((H, out.shape[:-2].numel()), dtype=statistics_dtype(qkv))
+    return out, qkv.new_empty((H, math.prod(out.shape[:-2])), dtype=statistics_dtype(qkv))
 
 
 def _backward(

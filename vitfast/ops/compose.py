@@ -79,7 +79,8 @@ def project_weight_grads(
 
 def hidden_grads(
     kernels: Any,
-    d_act_TF: Tensor,
+    d_out_TO: Tensor,
+    weight_OF: Tensor,
     h_TH: Tensor,
     act_TF: Tensor | None,
     x_TD: Tensor,
@@ -87,8 +88,9 @@ def hidden_grads(
     activation: str,
     wanted: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(d_x [T, D], act(h) [T, F], d_weight [H, D], d_bias [H]); the last two None where not wanted."""
-    d_h, act, d_bias = kernels.activation_backward(h_TH, d_act_TF, activation, act_TF is None)
+    """From the gradient of out = act(h) weight_OF^T and h = x weight_HD^T + b: (d_x [T, D], act(h) [T, F],
+    d_weight [H, D], d_bias [H]); the last two None where not wanted."""
+    d_h, act, d_bias = kernels.hidden_backward(d_out_TO, weight_OF, h_TH, activation, act_TF is None)
     d_weight = kernels.weight_grad(d_h, x_TD) if wanted[0] else None
     return (
         kernels.input_grad(d_h, weight_HD),

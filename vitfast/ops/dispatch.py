@@ -17,7 +17,9 @@ import torch
 
 from .library import extension_status
 
-NAMES = ("auto", "cpu", "triton", "cuda", "torch")
+# Triton with every product on one path, whatever the table of configurations says: for benchmarks and tests.
+FORCED = ("triton_library", "triton_fused")
+NAMES = ("auto", "cpu", "triton", "cuda", "torch", *FORCED)
 TABLE: dict[str, Sequence[Backend]] = {}  # op -> its backends, filled by each op's module
 
 
@@ -60,6 +62,8 @@ def choose(
         RuntimeError: the named backend (or, for "auto", every one) cannot run; lists each backend's reason.
     """
     device, dtypes = x.device.type, (x.dtype, *more)
+    if wanted in FORCED and all(wanted != b.name for b in TABLE[op]):
+        wanted = "triton"  # an op without products has one path
 
     def reason(backend: Backend, named: bool) -> str | None:
         return backend.why_not(device, dtypes, named) or why_not(backend.name)
@@ -95,8 +99,12 @@ def _torch_kernels() -> Any:
 
 @functools.cache
 def _raw_kernels(kind: str) -> Any:
-    from .raw import CpuKernels, RawKernels, TritonKernels
+    from .raw import RawKernels
+    from .raw_cpu import CpuKernels
+    from .raw_triton import TritonKernels
 
+    if kind in FORCED:
+        return TritonKernels(kind.removeprefix("triton_"))
     return {"cpu": CpuKernels, "cuda": RawKernels, "triton": TritonKernels}[kind]()
 
 
@@ -143,6 +151,12 @@ def _why_not_triton(device: str | None, dtypes: Sequence[torch.dtype], named: bo
     return _why_not_dtype(dtypes, (torch.float32, torch.float16))  # the interpreter has no bf16 products
 
 
+def _why_not_forced(device: str | None, dtypes: Sequence[torch.dtype], named: bool) -> str | None:
+    if device is not None and not named:
+        return "forces one path of Triton's products: it runs only when named"
+    return _why_not_triton(device, dtypes, named)
+
+
 def _why_not_dtype(dtypes: Sequence[torch.dtype], allowed: Sequence[torch.dtype]) -> str | None:
     refused = [d for d in dtypes if d not in allowed]
     return f"dtype {refused[0]} is not among {', '.join(map(str, allowed))}" if refused else None
@@ -153,4 +167,5 @@ _STANDARD = {
     "triton": Backend("triton", functools.partial(_raw_kernels, "triton"), _why_not_triton),
     "cuda": Backend("cuda", functools.partial(_raw_kernels, "cuda"), _why_not_cuda),
     "torch": Backend("torch", _torch_kernels, _never),
+    **{name: Backend(name, functools.partial(_raw_kernels, name), _why_not_forced) for name in FORCED},
 }

@@ -69,9 +69,9 @@ class Rope:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Plain PyTorch, [..., L, H, E]."""
-        cos, sin = (_full_table(t, x.shape[-1], self.interleaved) for t in (self.cos, self.sin))
+        cos, sin = (full_table(t, x.shape[-1], self.interleaved) for t in (self.cos, self.sin))
         prefix, rest = x.split([x.shape[-3] - cos.shape[0], cos.shape[0]], -3)
-        turned = rest * cos + _quarter_turn(rest, self.interleaved) * sin
+        turned = rest * cos + quarter_turn(rest, self.interleaved) * sin
         return torch.cat([prefix, turned.to(x.dtype)], -3)
 
 
@@ -139,14 +139,14 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _full_table(table: Tensor, E: int, interleaved: bool) -> Tensor:
+def full_table(table: Tensor, E: int, interleaved: bool) -> Tensor:
     """[N, E] or [N, E / 2] -> [N, 1, E]."""
     if table.shape[-1] != E:
         table = table.repeat_interleave(2, -1) if interleaved else torch.cat([table, table], -1)
     return table.unsqueeze(-2)
 
 
-def _quarter_turn(x: Tensor, interleaved: bool) -> Tensor:
+def quarter_turn(x: Tensor, interleaved: bool) -> Tensor:
     """(a, b) -> (-b, a) for each pair. Its transpose is its negative."""
     if interleaved:
         pairs = x.unflatten(-1, (-1, 2))
@@ -165,9 +165,9 @@ def _rotate_back(d: Tensor, heads: Heads) -> Tensor:
     if heads.cos is None or heads.sin is None:
         return d
     # x' = c x + s T x with T the quarter turn, so d = c d' + T^t (s d') = c d' - T (s d')
-    cos, sin = (_full_table(t, d.shape[-1], heads.interleaved) for t in (heads.cos, heads.sin))
+    cos, sin = (full_table(t, d.shape[-1], heads.interleaved) for t in (heads.cos, heads.sin))
     prefix, rest = d.split([d.shape[-3] - cos.shape[0], cos.shape[0]], -3)
-    return torch.cat([prefix, rest * cos - _quarter_turn(rest * sin, heads.interleaved)], -3)
+    return torch.cat([prefix, rest * cos - quarter_turn(rest * sin, heads.interleaved)], -3)
 
 
 def _standard(x: Tensor, kind: str, eps: float) -> tuple[Tensor, Tensor]:

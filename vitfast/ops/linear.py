@@ -13,12 +13,12 @@ from torch.nn.functional import linear as linear_ref
 
 from .arguments import cast, check_linear, fake_gradients, gradients, product_dtype, rows, wanted_only
 from .compose import column_sum
-from .dispatch import TABLE, choose, standard_backends
+from .dispatch import FORCED, TABLE, choose, standard_backends
 from .library import register
 
 __all__ = ["linear", "linear_ref"]
 
-TABLE["linear"] = standard_backends("cpu", "triton", "torch")
+TABLE["linear"] = standard_backends("cpu", "triton", "torch", *FORCED)
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, backend: str) -> Tensor:

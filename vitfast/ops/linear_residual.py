@@ -23,10 +23,10 @@ from .arguments import (
     wanted_only,
 )
 from .compose import add_branch_ref, branch_grads, project_weight_grads
-from .dispatch import TABLE, choose, standard_backends
+from .dispatch import FORCED, TABLE, choose, standard_backends
 from .library import register
 
-TABLE["linear_residual"] = standard_backends("cpu", "triton", "cuda", "torch")
+TABLE["linear_residual"] = standard_backends("cpu", "triton", "cuda", "torch", *FORCED)
 
 
 def linear_residual_ref(

@@ -5,6 +5,7 @@ Legend: T = B * L rows, D width, F hidden width, H = F, or 2F for SwiGLU.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -22,10 +23,10 @@ from .arguments import (
     wanted_only,
 )
 from .compose import activation_ref, column_sum, hidden_grads
-from .dispatch import TABLE, choose, standard_backends
+from .dispatch import FORCED, TABLE, choose, standard_backends
 from .library import register
 
-TABLE["mlp"] = standard_backends("cpu", "triton", "cuda", "torch")
+TABLE["mlp"] = standard_backends("cpu", "triton", "cuda", "torch", *FORCED)
 
 
 def mlp_ref(
@@ -64,7 +65,7 @@ def _fake_forward(
     x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     *_, dtype, policy, _backend = rest
-    h = x.new_empty((x.shape[:-1].numel(), fc1_weight.shape[0]) if policy != "inference" else (0,), dtype=dtype)
+    h = x.new_empty((math.prod(x.shape[:-1]), fc1_weight.shape[0]) if policy != "inference" else (0,), dtype=dtype)
     return x.new_empty((*x.shape[:-1], fc2_weight.shape[0]), dtype=dtype), h
 
 
@@ -82,9 +83,9 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     dtype, d_TD = d_out.dtype, rows(d_out)
     kernels = choose("mlp", x, backend, dtype)
-    d_act = kernels.input_grad(d_TD, fc2_weight.to(dtype))
+    fc1_HD, fc2_DF = fc1_weight.to(dtype), fc2_weight.to(dtype)
     d_x, act, d_fc1_weight, d_fc1_bias = hidden_grads(
-        kernels, d_act, h, None, rows(x, dtype), fc1_weight.to(dtype), activation, (wanted[1], wanted[2])
+        kernels, d_TD, fc2_DF, h, None, rows(x, dtype), fc1_HD, activation, (wanted[1], wanted[2])
     )
     grads = (
         d_x,

@@ -5,6 +5,7 @@ Legend: T = B * L rows, D width, O outputs; ``X`` dtype of the residual stream, 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -25,10 +26,10 @@ from .arguments import (
     wanted_only,
 )
 from .compose import column_sum
-from .dispatch import TABLE, choose, standard_backends
+from .dispatch import FORCED, TABLE, choose, standard_backends
 from .library import register
 
-TABLE["norm_linear"] = standard_backends("cpu", "triton", "cuda", "torch")
+TABLE["norm_linear"] = standard_backends("cpu", "triton", "cuda", "torch", *FORCED)
 
 
 def norm_linear_ref(
@@ -61,7 +62,7 @@ def _fake_forward(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Ten
     return (
         x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype),
         *fake_statistics(x),
-        x.new_empty((x.shape[:-1].numel(), x.shape[-1]) if policy == "none" else (0,), dtype=dtype),
+        x.new_empty((math.prod(x.shape[:-1]), x.shape[-1]) if policy == "none" else (0,), dtype=dtype),
     )
 
 

@@ -5,6 +5,7 @@ Legend: B samples, T = B * L rows, D width, F hidden width, H = F, or 2F for Swi
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -33,10 +34,10 @@ from .compose import (
     hidden_grads,
     project_weight_grads,
 )
-from .dispatch import TABLE, choose, standard_backends
+from .dispatch import FORCED, TABLE, choose, standard_backends
 from .library import register
 
-TABLE["norm_mlp"] = standard_backends("cpu", "triton", "cuda", "torch")
+TABLE["norm_mlp"] = standard_backends("cpu", "triton", "cuda", "torch", *FORCED)
 
 
 def norm_mlp_ref(
@@ -106,7 +107,7 @@ def _fake_forward(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, fc1_weight: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
     *_, activation, dtype, policy, _backend = rest
-    T, D, H = x.shape[:-1].numel(), x.shape[-1], fc1_weight.shape[0]
+    T, D, H = math.prod(x.shape[:-1]), x.shape[-1], fc1_weight.shape[0]
     F = activated_width(H, activation)
     if policy == "inference":
         return x.new_empty(x.shape), *_nothing_kept(x)
@@ -142,19 +143,21 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     kernels = choose("norm_mlp", x, backend, dtype)
     x_TD, d_TD = rows(x), rows(d_out)
-    fc1_FD, fc2_DF = fc1_weight.to(dtype), fc2_weight.to(dtype)
+    fc1_HD, fc2_DF = fc1_weight.to(dtype), fc2_weight.to(dtype)
     if normed.numel() == 0:
         normed = kernels.layer_norm_apply(x_TD, mean, rstd, norm_weight, norm_bias, dtype)
     if h.numel() == 0:
-        h = kernels.linear(normed, fc1_FD, cast(fc1_bias, dtype))
+        h, again = kernels.linear_again(normed, fc1_HD, cast(fc1_bias, dtype), activation)
+        act = nothing(h) if again is None else again
     dropped, branch = branch_grads(d_TD, scale, drop_path, dtype)
     d_normed, act_TF, d_fc1_weight, d_fc1_bias = hidden_grads(
         kernels,
-        kernels.input_grad(branch, fc2_DF),
+        branch,
+        fc2_DF,
         h,
         act if act.numel() else None,
         normed,
-        fc1_FD,
+        fc1_HD,
         activation,
         (wanted[3], wanted[4]),
     )

@@ -211,7 +211,7 @@ def patch_embed(
 
     Returns:
         [B, R + N, D], contiguous. The product is in the weight's dtype, or autocast's; the result in that dtype, or in the
-        position embedding's where it is wider. Keeps the images for backward, not the patches.
+        position embedding's or prefix's where it is wider. Keeps the images for backward, not the patches.
 
     Raises:
         ValueError: a shape, a dtype or the number of means does not fit.
@@ -228,5 +228,8 @@ def patch_embed(
     means, stds = mean or (0.0,) * images.shape[1], std or (1.0,) * images.shape[1]
     scale, shift = [unit / s for s in stds], [-m / s for m, s in zip(means, stds, strict=True)]
     dtype = product_dtype(images, weight)
-    out_dtype = dtype if pos_embed is None else torch.promote_types(dtype, pos_embed.dtype)
+    out_dtype = dtype
+    for added in (pos_embed, prefix):
+        if added is not None:
+            out_dtype = torch.promote_types(out_dtype, added.dtype)
     return _patch_embed(images, weight, bias, pos_embed, prefix, scale, shift, dtype, out_dtype, backend)

@@ -19,6 +19,7 @@ from torch.nn.functional import gelu, silu
 from .halves import BlockHalves
 from .heads import Heads, transform, transform_backward
 from .products import LibraryProducts
+from .quantize import dequantize_rows
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -139,17 +140,19 @@ def _sequences(qkv: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
 
 
 def _probabilities(
-    q: Tensor, k: Tensor, scale: float, bias: Tensor | None, padding_BL: Tensor | None, lse: Tensor | None
+    q: Tensor, k: Tensor, scale: float, bias: Tensor | None, padding_BL: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale q k^T + bias) [S, H, L, L] and its log-sum-exp [S, H, L]; a fully masked row gives zeros."""
+    """softmax(scale q k^T + bias) [S, H, L, L] and its log-sum-exp [S, H, L]; a fully masked row gives zeros.
+
+    Not exp(logits - lse): where all logits are far from zero, lse has lost the digits of its logarithm.
+    """
     logits = _wide(q @ k.transpose(-2, -1)) * scale
     if bias is not None:
         logits = logits + _wide(bias)
     if padding_BL is not None:
         logits = logits.masked_fill(padding_BL[:, None, None], -math.inf)
-    if lse is None:
-        lse = torch.logsumexp(logits, -1)
-    return torch.exp(logits - lse.masked_fill(lse == -math.inf, 0).unsqueeze(-1)), lse
+    lse = torch.logsumexp(logits, -1)
+    return logits.softmax(-1).masked_fill((lse == -math.inf).unsqueeze(-1), 0), lse
 
 
 def attention_forward(
@@ -169,7 +172,7 @@ def attention_forward(
     start = 0
     for part in _sequences(qkv, cu_seqlens):
         q, k, v = part.permute(2, 0, 3, 1, 4).unbind(0)  # [S, H, L, E] each
-        p, part_lse = _probabilities(q, k, scale, bias, padding_BL, None)
+        p, part_lse = _probabilities(q, k, scale, bias, padding_BL)
         rows = part.shape[0] * part.shape[1]
         target = out if cu_seqlens is None else out[start : start + rows].unsqueeze(0)
         target.copy_((p.to(v.dtype) @ v).transpose(1, 2))
@@ -192,17 +195,19 @@ def attention_backward(
     want_bias: bool,
     want_norms: bool,
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
-    """(d_qkv like qkv, d_bias in fp32 with bias's shape or None, gradients in fp32 of ``heads.parameters`` or None)."""
+    """(d_qkv like qkv, d_bias in fp32 with bias's shape or None, gradients in fp32 of ``heads.parameters`` or None).
+
+    ``out`` and ``lse_HT`` are for kernels that weigh keys by exp(logits - lse); here the softmax is taken again.
+    """
     given, qkv = qkv, transform(qkv, heads) if heads.active else qkv
     d_qkv = torch.empty_like(qkv)
     d_bias = _wide(torch.zeros_like(bias)) if want_bias and bias is not None else None
-    start, H = 0, qkv.shape[-2]
+    start = 0
     for part in _sequences(qkv, cu_seqlens):
         S, L = part.shape[:2]
         q, k, v = part.permute(2, 0, 3, 1, 4).unbind(0)
         d_o = (d_out if cu_seqlens is None else d_out[start : start + L].unsqueeze(0)).transpose(1, 2)
-        lse = lse_HT[:, start : start + S * L].reshape(H, S, L).transpose(0, 1)
-        p, _ = _probabilities(q, k, scale, bias, padding_BL, lse)
+        p, _ = _probabilities(q, k, scale, bias, padding_BL)
         d_p = _wide(d_o @ v.transpose(-2, -1))
         delta = (p * d_p).sum(-1, keepdim=True)  # from p itself, so that it cancels exactly where one key has it all
         d_logits = p * (d_p - delta)
@@ -258,6 +263,30 @@ def assemble_tokens(
     if pos_embed is not None and with_prefix:
         tokens = tokens + _wide(pos_embed)
     return tokens.to(dtype)
+
+
+def int8_linear(
+    x_TI: Tensor,
+    norm_weight_I: Tensor | None,
+    norm_bias_I: Tensor | None,
+    eps: float,
+    weight_OI: Tensor,
+    bias_O: Tensor | None,
+    activation: str,
+    residual_TO: Tensor | None,
+    scale_O: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """act(y) or residual + scale * y, y the product of rows and weight rounded to their levels -> [T, O] ``dtype``."""
+    if norm_weight_I is not None and norm_bias_I is not None:
+        wide = torch.float64 if x_TI.dtype == torch.float64 else torch.float32  # not rounded before its levels
+        _, x_TI, _, _ = layer_norm_forward(x_TI, None, None, None, norm_weight_I, norm_bias_I, eps, wide)
+    y = dequantize_rows(x_TI) @ dequantize_rows(weight_OI).to(_wide(x_TI).dtype).t()
+    if bias_O is not None:
+        y = y + bias_O
+    if activation != "none":
+        y = activation_forward(y, activation)
+    return y.to(dtype) if residual_TO is None else scale_add(residual_TO, y, scale_O, None)
 
 
 class _PlainKernels(LibraryProducts, BlockHalves):

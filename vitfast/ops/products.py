@@ -8,6 +8,8 @@ Legend: T rows, I inputs, O outputs, B samples; ``X`` dtype of the residual stre
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear as torch_linear
@@ -18,11 +20,22 @@ _ONEDNN_GELU = {"gelu": "none", "gelu_tanh": "tanh"}  # activation -> what oneDN
 
 
 def _through_onednn(x: Tensor, *dtypes: torch.dtype) -> bool:
-    return x.device.type == "cpu" and x.dtype in dtypes and x.numel() > 0 and torch.backends.mkldnn.is_available()
+    return x.device.type == "cpu" and x.dtype in dtypes and x.numel() > 0 and _onednn_has(x.dtype)
+
+
+@functools.cache
+def _onednn_has(dtype: torch.dtype) -> bool:
+    """bf16 needs AVX-512 or a newer Arm core; where there is none, PyTorch's own products still run."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class LibraryProducts:
-    """The products among a backend's primitives; its kernels add ``activation_forward`` and ``scale_add``."""
+    """The products among a backend's primitives; its kernels add ``activation_forward``, ``activation_backward`` and ``scale_add``.
+
+    H = F, or 2F for "swiglu".
+    """
 
     def linear(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         """x W^T + b -> [T, O]; one dtype throughout."""
@@ -41,6 +54,12 @@ class LibraryProducts:
         h_TO = self.linear(x_TI, weight_OI, bias_O)
         return self.activation_forward(h_TO, kind), h_TO if keep else nothing(h_TO)  # type: ignore[attr-defined]
 
+    def linear_again(
+        self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, kind: str
+    ) -> tuple[Tensor, Tensor | None]:
+        """The sum that ``linear_activation`` keeps, made again with its bits, and act of it where that comes for free."""
+        return self.linear(x_TI, weight_OI, bias_O), None
+
     def linear_residual(
         self,
         residual_TO: Tensor,
@@ -56,6 +75,12 @@ class LibraryProducts:
             return torch.ops.mkldnn._linear_pointwise.binary(x_TI, residual_TO, weight_OI, bias_O, "add")
         branch_TO = self.linear(x_TI, weight_OI, bias_O)
         return self.scale_add(residual_TO, branch_TO, scale_O, drop_path_B)  # type: ignore[attr-defined]
+
+    def hidden_backward(
+        self, d_out_TO: Tensor, weight_OF: Tensor, h_TH: Tensor, kind: str, want_act: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The gradient of h where out = act(h) W^T: (d_h [T, H], act(h) [T, F] or None, column sums of d_h [H])."""
+        return self.activation_backward(h_TH, self.input_grad(d_out_TO, weight_OF), kind, want_act)  # type: ignore[attr-defined]
 
     def input_grad(self, d_out_TO: Tensor, weight_OI: Tensor) -> Tensor:
         """dY W -> [T, I]."""

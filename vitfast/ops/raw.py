@@ -7,20 +7,18 @@ Raw kernels write into outputs that are allocated here, and take contiguous inpu
 from __future__ import annotations
 
 import functools
-from importlib import import_module
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .arguments import POINTWISE, activated_width, nothing
+from .arguments import activated_width
 from .halves import BlockHalves
-from .heads import Heads, transform, transform_backward
+from .heads import Heads
 from .products import LibraryProducts
 
 
-def _f32(x: Tensor | None) -> Tensor | None:
+def f32(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.float().contiguous()
 
 
@@ -38,7 +36,7 @@ class RawKernels(LibraryProducts, BlockHalves):
         drop_path: Tensor | None,
     ) -> Tensor:
         total = torch.empty_like(residual)
-        self.functions.scale_add_forward(residual, branch, _f32(scale), _f32(drop_path), total)
+        self.functions.scale_add_forward(residual, branch, f32(scale), f32(drop_path), total)
         return total
 
     def layer_norm_forward(
@@ -57,7 +55,7 @@ class RawKernels(LibraryProducts, BlockHalves):
         mean = x.new_empty(x.shape[0], dtype=torch.float32)
         rstd = torch.empty_like(mean)
         self.functions.layer_norm_forward(
-            x, branch, _f32(scale), _f32(drop_path), _f32(weight), _f32(bias), eps, total, normed, mean, rstd
+            x, branch, f32(scale), f32(drop_path), f32(weight), f32(bias), eps, total, normed, mean, rstd
         )
         return x if total is None else total, normed, mean, rstd
 
@@ -71,7 +69,7 @@ class RawKernels(LibraryProducts, BlockHalves):
         dtype: torch.dtype,
     ) -> Tensor:
         normed = torch.empty_like(total, dtype=dtype)
-        self.functions.layer_norm_apply(total, mean, rstd, _f32(weight), _f32(bias), normed)
+        self.functions.layer_norm_apply(total, mean, rstd, f32(weight), f32(bias), normed)
         return normed
 
     def layer_norm_backward(
@@ -97,10 +95,10 @@ class RawKernels(LibraryProducts, BlockHalves):
             total,
             mean,
             rstd,
-            _f32(weight),
+            f32(weight),
             branch,
-            _f32(scale),
-            _f32(drop_path),
+            f32(scale),
+            f32(drop_path),
             d_x,
             d_branch,
             d_scale,
@@ -133,12 +131,18 @@ class RawKernels(LibraryProducts, BlockHalves):
         padding: Tensor | None,
         heads: Heads,
     ) -> tuple[Tensor, Tensor]:
-        if heads.active:
-            qkv = transform(qkv, heads)
         out = qkv.new_empty(qkv.shape[:-3] + qkv.shape[-2:])
         lse = qkv.new_empty(qkv.shape[-2], out.shape[:-2].numel(), dtype=torch.float32)
-        lengths = self._lengths(qkv, cu_seqlens, max_seqlen)
-        self.functions.attention_forward(qkv.flatten(0, -4), scale, bias, padding, *lengths, out.flatten(0, -3), lse)
+        self.functions.attention_forward(
+            qkv.flatten(0, -4),
+            scale,
+            bias,
+            padding,
+            *self._heads(heads),
+            *self._lengths(qkv, cu_seqlens, max_seqlen),
+            out.flatten(0, -3),
+            lse,
+        )
         return out, lse
 
     def attention_backward(
@@ -156,9 +160,13 @@ class RawKernels(LibraryProducts, BlockHalves):
         want_bias: bool,
         want_norms: bool,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
-        given, qkv = qkv, transform(qkv, heads) if heads.active else qkv
         d_qkv = torch.empty_like(qkv)
         d_bias = torch.empty_like(bias, dtype=torch.float32) if want_bias and bias is not None else None
+        # weight's and bias's gradient for either norm
+        d_q_norm, d_k_norm = (
+            qkv.new_empty(2, qkv.shape[-1], dtype=torch.float32) if want_norms and kind else None
+            for kind in (heads.q_norm, heads.k_norm)
+        )
         self.functions.attention_backward(
             d_out.flatten(0, -3),
             qkv.flatten(0, -4),
@@ -167,19 +175,24 @@ class RawKernels(LibraryProducts, BlockHalves):
             scale,
             bias,
             padding,
+            *self._heads(heads),
             *self._lengths(qkv, cu_seqlens, max_seqlen),
             d_qkv.flatten(0, -4),
             d_bias,
+            d_q_norm,
+            d_k_norm,
         )
-        if not heads.active:
-            return d_qkv, d_bias, (None,) * 4
-        d_qkv, d_norms = transform_backward(d_qkv, given, heads, want_norms)
-        return d_qkv, d_bias, d_norms
+        d_norms = (g for pair in (d_q_norm, d_k_norm) for g in ((None, None) if pair is None else pair))
+        return d_qkv, d_bias, tuple(d_norms)
+
+    def _heads(self, heads: Heads) -> tuple[Any, ...]:
+        """What the raw attention takes for what happens to q and k before it."""
+        return tuple(f32(x) if isinstance(x, Tensor) else x for x in heads)
 
     def _lengths(self, qkv: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> tuple[Any, ...]:
         """What the raw attention takes for "where each sequence lies"."""
         if cu_seqlens is None:
-            return _even_lengths(qkv.shape[0], qkv.shape[1], qkv.device), qkv.shape[1]
+            return even_lengths(qkv.shape[0], qkv.shape[1], qkv.device), qkv.shape[1]
         return cu_seqlens, max_seqlen
 
     def patchify(self, images: Tensor, patch: int, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
@@ -207,130 +220,11 @@ class RawKernels(LibraryProducts, BlockHalves):
     ) -> Tensor:
         R = 0 if prefix is None else prefix.shape[0]
         tokens = projected.new_empty(images, R + patches, projected.shape[1], dtype=dtype)
-        self.functions.assemble_tokens(projected, _f32(bias), _f32(pos_embed), _f32(prefix), tokens)
+        self.functions.assemble_tokens(projected, f32(bias), f32(pos_embed), f32(prefix), tokens)
         return tokens
 
 
-class CpuKernels(RawKernels):
-    """The CPU's kernels, with our own matrix products where they measure faster than oneDNN's (docs/decisions.md)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        vectors_of_16 = self.functions.cpu_capability() in ("avx512", "avx512_bf16")
-        self.own_dtypes = {torch.float32} if vectors_of_16 else set()
-        if self.functions.cpu_capability() == "avx512_bf16" and not torch.cpu._is_amx_tile_supported():
-            self.own_dtypes.add(torch.bfloat16)
-
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if x.dtype not in self.own_dtypes:
-            return super().linear(x, weight, bias)
-        out = x.new_empty(x.shape[0], weight.shape[0])
-        self._linear(x, weight, False, bias, "none", None, None, None, None, out)
-        return out
-
-    def linear_activation(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, keep: bool
-    ) -> tuple[Tensor, Tensor]:
-        if x.dtype not in self.own_dtypes or kind not in POINTWISE:
-            return super().linear_activation(x, weight, bias, kind, keep)
-        act = x.new_empty(x.shape[0], weight.shape[0])
-        before = torch.empty_like(act) if keep else None
-        self._linear(x, weight, False, bias, kind, None, None, None, before, act)
-        return act, nothing(act) if before is None else before
-
-    def linear_residual(
-        self,
-        residual: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        scale: Tensor | None,
-        drop_path: Tensor | None,
-    ) -> Tensor:
-        if x.dtype not in self.own_dtypes or residual.dtype not in (x.dtype, torch.float32):
-            return super().linear_residual(residual, x, weight, bias, scale, drop_path)
-        total = torch.empty_like(residual)
-        self._linear(x, weight, False, bias, "none", residual, scale, _f32(drop_path), None, total)
-        return total
-
-    def norm_attention(
-        self,
-        x: Tensor,
-        norm_weight: Tensor,
-        norm_bias: Tensor,
-        eps: float,
-        qkv_weight: Tensor,
-        qkv_bias: Tensor | None,
-        heads: int,
-        scale: float,
-        *proj: Any,
-    ) -> Tensor:
-        if qkv_weight.dtype not in self.own_dtypes:
-            return super().norm_attention(x, norm_weight, norm_bias, eps, qkv_weight, qkv_bias, heads, scale, *proj)
-        out = torch.empty_like(x)
-        B, L, D = x.shape
-        lengths = _even_lengths(B, L, x.device), L
-        weights = norm_weight, norm_bias, eps, qkv_weight.contiguous(), qkv_bias
-        self.functions.norm_attention_forward(
-            x.view(B * L, D), *weights, heads, scale, *lengths, proj[0].contiguous(), *proj[1:], out.view(B * L, D)
-        )
-        return out
-
-    def norm_mlp(
-        self,
-        x: Tensor,
-        norm_weight: Tensor,
-        norm_bias: Tensor,
-        eps: float,
-        fc1_weight: Tensor,
-        fc1_bias: Tensor | None,
-        activation: str,
-        fc2_weight: Tensor,
-        fc2_bias: Tensor | None,
-        scale: Tensor | None,
-    ) -> Tensor:
-        norm = norm_weight, norm_bias, eps
-        if fc1_weight.dtype not in self.own_dtypes:
-            return super().norm_mlp(x, *norm, fc1_weight, fc1_bias, activation, fc2_weight, fc2_bias, scale)
-        out = torch.empty_like(x)
-        fc1, fc2 = (fc1_weight.contiguous(), fc1_bias), (fc2_weight.contiguous(), fc2_bias)
-        self.functions.norm_mlp_forward(x, *norm, *fc1, activation, *fc2, scale, out)
-        return out
-
-    def input_grad(self, d_out: Tensor, weight: Tensor) -> Tensor:
-        if d_out.dtype not in self.own_dtypes:
-            return super().input_grad(d_out, weight)
-        d_x = d_out.new_empty(d_out.shape[0], weight.shape[1])
-        self._linear(d_out, weight, True, None, "none", None, None, None, None, d_x)
-        return d_x
-
-    def weight_grad(self, d_out: Tensor, x: Tensor) -> Tensor:
-        if d_out.dtype not in self.own_dtypes:
-            return super().weight_grad(d_out, x)
-        d_weight = d_out.new_empty(d_out.shape[1], x.shape[1])
-        self.functions.linear_weight_grad(d_out, x, d_weight)
-        return d_weight
-
-    def _linear(self, x: Tensor, weight: Tensor, transposed: bool, *rest: Any) -> None:
-        self.functions.linear(x.contiguous(), weight.contiguous(), transposed, *rest)
-
-
-class TritonKernels(RawKernels):
-    """Kernels of ``vitfast.kernels``; on a plain batch attention takes the length itself instead of offsets."""
-
-    def __init__(self) -> None:
-        modules = (
-            import_module(f"vitfast.kernels.{m}") for m in ("layer_norm", "activation", "attention", "patch_embed")
-        )
-        super().__init__(SimpleNamespace(**{k: v for m in modules for k, v in vars(m).items()}))
-
-    def _lengths(self, qkv: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> tuple[Any, ...]:
-        if cu_seqlens is None:
-            return None, qkv.shape[1], qkv.shape[1]
-        return cu_seqlens, max_seqlen, 0
-
-
 @functools.lru_cache(maxsize=64)
-def _even_lengths(batch: int, length: int, device: torch.device) -> Tensor:
+def even_lengths(batch: int, length: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return torch.arange(batch + 1, dtype=torch.int32, device=device) * length

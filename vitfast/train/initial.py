@@ -5,7 +5,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vitfast.models import convert
+from vitfast.models.checkpoints import read_npz, read_state_dict
+from vitfast.models.layouts import from_google
+from vitfast.models.weights import load_state_dict
 from vitfast.train.checkpoint import FORMAT, load_checkpoint, read_tensors
 
 
@@ -46,7 +48,7 @@ def load_initial(model: nn.Module, path: Path, num_classes: int) -> list[str]:
         weights = {key: value for key, value in weights.items() if not key.startswith("pre_logits.")}
         adapted.append(f"new zero-initialised head for {num_classes} classes")
     before, after = (w["pos_embed"].shape[1] if "pos_embed" in w else 0 for w in (weights, own))
-    convert.load_state_dict(model, weights)
+    load_state_dict(model, weights)
     if before != after:
         adapted.append(f"position embeddings interpolated from {before} to {after} tokens")
     return adapted
@@ -54,12 +56,12 @@ def load_initial(model: nn.Module, path: Path, num_classes: int) -> list[str]:
 
 def _read(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".npz":
-        return convert.from_google(convert.read_npz(path))
+        return from_google(read_npz(path))
     content = read_tensors(path)
     if isinstance(content, dict) and content.get("format") == FORMAT:
         checkpoint = load_checkpoint(path)
         return checkpoint["ema"]["weights"] if checkpoint["ema"] else checkpoint["weights"]
-    return convert.read_state_dict(path)
+    return read_state_dict(path)
 
 
 def head_name(model: nn.Module, num_classes: int) -> str:

@@ -1,0 +1,142 @@
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <atomic>
+#include <vector>
+
+#include "check.h"
+#define VITFAST_WITH_VNNI
+#include "isa.h"
+#include "linear.h"
+
+// Linear layers in 8-bit integers: weights scaled per output, rows of x scaled one by one when they arrive. Shapes:
+// T rows, I inputs (contracted), W = I / 4 rounded up words of 4 numbers, O outputs.
+namespace vitfast {
+
+constexpr float kLeastMagnitude = 1e-30f;  // so that 127 / magnitude is finite; a row of less becomes 0
+constexpr int64_t kMostInputs = 65536;     // 255 * 127 * I fits 32 bits
+
+template <class X>
+struct QuantizeRows {
+    const X* x;
+    int64_t width, pitch;                  // pitch: W words in bytes
+    const float *norm_weight, *norm_bias;  // null, or LayerNorm first
+    float eps;
+    uint8_t* q;
+    float* scale;
+};
+
+// out = act(row_scale * weight_scale * (q - 128) w^T + bias), or residual + scale * that.
+template <class Y>
+struct Int8Product {
+    const uint8_t* q;
+    int64_t pitch, rows, outputs;
+    const uint32_t* packed;
+    const int32_t* start;  // of the sums: -128 * the sum of the weight's row
+    const float *row_scale, *weight_scale;
+    Parameter bias, scale;
+    Finish finish;
+    const Y* residual;
+    Y* out;
+};
+
+}  // namespace vitfast
+
+#define VITFAST_KERNEL "int8_linear_kernel.h"
+#include "for_each_isa.h"
+
+namespace vitfast {
+namespace {
+
+constexpr auto kFloat = ScalarType::Float;
+constexpr auto kBFloat16 = ScalarType::BFloat16;
+constexpr auto kCpu = Device::kCpu;
+
+constexpr int64_t kBlockRows = 204;  // 34 register tiles: what a panel read from L3 serves; 197 tokens are one block
+constexpr int64_t kLeastRows = 24;   // of a block, where there would be fewer items than threads
+constexpr int64_t kItems = 4;        // per thread: none is idle for long at the end
+constexpr int64_t kMostTileRows = 6;
+
+template <class Run>
+void with_dtype(const Tensor& x, const Run& run) {
+    if (x.scalar_type() == kFloat) {
+        run(float{});
+    } else {
+        run(bf16{});
+    }
+}
+
+template <class X>
+void quantize(const QuantizeRows<X>& args, int64_t rows) {
+    const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(args.width, 1));
+    torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+        std::vector<float> row(args.norm_weight ? args.width : 0);
+        VITFAST_DISPATCH(quantize_rows(args, begin, end, row.data()));
+    });
+}
+
+template <class Y>
+void multiply(const Int8Product<Y>& args) {
+    const int64_t panels = panels_of(args.outputs), threads = torch::stable::get_num_threads();
+    if (args.rows == 0 || panels == 0) return;
+    int64_t blocks = (args.rows + kBlockRows - 1) / kBlockRows;
+    if (blocks * panels < threads * kItems) {
+        const int64_t most = std::max<int64_t>(1, args.rows / kLeastRows);
+        blocks = std::max(blocks, std::min(most, (threads * kItems + panels - 1) / panels));
+    }
+    const int64_t parts = std::min(panels, (threads * kItems + blocks - 1) / blocks), items = blocks * parts;
+    std::atomic<int64_t> next{0};
+    torch::stable::parallel_for(0, std::min(threads, items), 1, [&](int64_t, int64_t) {
+        alignas(64) int32_t sums[kMostTileRows * kPanelColumns];
+        for (int64_t i = next++; i < items; i = next++) {
+            const int64_t block = i / parts, part = i % parts;
+            const int64_t begin = args.rows * block / blocks, end = args.rows * (block + 1) / blocks;
+            VITFAST_DISPATCH(multiply_int8(args, begin, end, panels * part / parts, panels * (part + 1) / parts, sums));
+        }
+    });
+}
+
+// out[T, O] = act(y), or residual[T, O] + scale[O] * y, of y = x[T, I] w^T + bias[O] with w = weight_scale[O] * an
+// integer of -127..127 and the rows of x, after LayerNorm where norm_weight[I] is given, rounded to 255 levels each.
+// packed: the integers, 4 to a word, in panels of kPanelColumns outputs [W][columns], the columns of the last rounded
+// up to kPanelStep; what is beyond I and O is 0. start: -128 * each output's sum of integers, as long as the panels.
+void int8_linear(Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bias, double eps, Tensor packed,
+                 Tensor start, Tensor weight_scale, OptionalTensor bias, std::string activation,
+                 OptionalTensor residual, OptionalTensor scale, Tensor out) {
+    check("x", x, kCpu, {kFloat, kBFloat16}, {-1, -1});
+    check("weight_scale", weight_scale, kCpu, {kFloat}, {-1});
+    const int64_t rows = x.size(0), inputs = x.size(1), outputs = weight_scale.size(0), words = (inputs + 3) / 4;
+    if (inputs > kMostInputs) fail("x has ", inputs, " columns; allowed: up to ", kMostInputs);
+    const int64_t columns = (outputs + kPanelStep - 1) / kPanelStep * kPanelStep;
+    check("packed", packed, kCpu, {ScalarType::Int}, {columns * words});
+    check("start", start, kCpu, {ScalarType::Int}, {columns});
+    check_together("norm_weight", norm_weight, "norm_bias", norm_bias);
+    check("norm_weight", norm_weight, kCpu, {kFloat}, {inputs});
+    check("norm_bias", norm_bias, kCpu, {kFloat}, {inputs});
+    check("out", out, kCpu, {kFloat, kBFloat16}, {rows, outputs});
+    check("residual", residual, kCpu, {out.scalar_type()}, {rows, outputs});
+    const Finish finish = finish_of(activation);
+    if (finish != Finish::kNone && residual.has_value()) fail("residual goes with activation \"none\" only");
+    if (!residual.has_value() && scale.has_value()) fail("scale goes with a residual only");
+
+    const Tensor q = torch::stable::new_empty(x, {rows, words * 4}, ScalarType::Byte);
+    const Tensor row_scale = torch::stable::new_empty(x, {rows}, kFloat);
+    with_dtype(x, [&](auto type) {
+        using X = decltype(type);
+        quantize(QuantizeRows<X>{data<X>(x), inputs, words * 4, data<float>(norm_weight), data<float>(norm_bias),
+                                 static_cast<float>(eps), mutable_data<uint8_t>(q), mutable_data<float>(row_scale)},
+                 rows);
+    });
+    with_dtype(out, [&](auto type) {
+        using Y = decltype(type);
+        multiply(Int8Product<Y>{data<uint8_t>(q), words * 4, rows, outputs, data<uint32_t>(packed),
+                                data<int32_t>(start), data<float>(row_scale), data<float>(weight_scale),
+                                parameter("bias", bias, outputs), parameter("scale", scale, outputs), finish,
+                                data<Y>(residual), mutable_data<Y>(out)});
+    });
+}
+
+}  // namespace
+}  // namespace vitfast
+
+STABLE_TORCH_LIBRARY_IMPL(vitfast_C, CPU, m) { m.impl("int8_linear", TORCH_BOX(&vitfast::int8_linear)); }

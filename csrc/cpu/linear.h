@@ -1,0 +1,45 @@
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "check.h"
+#include "isa.h"
+
+// What the products of linear layers share: panels of the right operand, and what follows the sums.
+namespace vitfast {
+
+constexpr int64_t kPanelColumns = 64;  // 4 vectors of AVX-512, the width of its register tile
+constexpr int64_t kPanelStep = 16;     // the last panel's columns are rounded up to this
+
+inline int64_t panels_of(int64_t outputs) { return (outputs + kPanelColumns - 1) / kPanelColumns; }
+
+inline int64_t panel_columns(int64_t outputs, int64_t panel) {
+    const int64_t left = outputs - panel * kPanelColumns;
+    return left >= kPanelColumns ? kPanelColumns : (left + kPanelStep - 1) / kPanelStep * kPanelStep;
+}
+
+// A vector of fp32 or bf16 numbers, or (both null) none.
+struct Parameter {
+    const float* as_float = nullptr;
+    const bf16* as_bf16 = nullptr;
+};
+
+enum class Finish { kNone, kGelu, kGeluTanh, kQuickGelu };
+
+inline Parameter parameter(const char* name, const OptionalTensor& x, int64_t size) {
+    check(name, x, Device::kCpu, {ScalarType::Float, ScalarType::BFloat16}, {size});
+    if (!x.has_value()) return {};
+    if (x->scalar_type() == ScalarType::Float) return {data<float>(x), nullptr};
+    return {nullptr, data<bf16>(x)};
+}
+
+inline Finish finish_of(const std::string& activation) {
+    if (activation == "none") return Finish::kNone;
+    if (activation == "gelu") return Finish::kGelu;
+    if (activation == "gelu_tanh") return Finish::kGeluTanh;
+    if (activation == "quick_gelu") return Finish::kQuickGelu;
+    fail("activation is \"", activation, "\"; allowed: \"none\", \"gelu\", \"gelu_tanh\", \"quick_gelu\"");
+}
+
+}  // namespace vitfast

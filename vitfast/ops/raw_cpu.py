@@ -1,0 +1,136 @@
+"""The CPU's kernels: C++ for all of a backend's primitives, products included where ours are faster than oneDNN's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .arguments import POINTWISE, nothing
+from .quantize import pack_weight
+from .raw import RawKernels, even_lengths, f32
+from .weight_cache import derived
+
+
+class CpuKernels(RawKernels):
+    """The CPU's kernels, with our own matrix products where they measure faster than oneDNN's (docs/decisions.md)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        vectors_of_16 = self.functions.cpu_capability().startswith("avx512")
+        self.own_dtypes = {torch.float32} if vectors_of_16 else set()
+        if self.functions.cpu_capability() == "avx512_bf16" and not torch.cpu._is_amx_tile_supported():
+            self.own_dtypes.add(torch.bfloat16)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if x.dtype not in self.own_dtypes:
+            return super().linear(x, weight, bias)
+        out = x.new_empty(x.shape[0], weight.shape[0])
+        self._linear(x, weight, False, bias, "none", None, None, None, None, out)
+        return out
+
+    def linear_activation(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, keep: bool
+    ) -> tuple[Tensor, Tensor]:
+        if x.dtype not in self.own_dtypes or kind not in POINTWISE:
+            return super().linear_activation(x, weight, bias, kind, keep)
+        act = x.new_empty(x.shape[0], weight.shape[0])
+        before = torch.empty_like(act) if keep else None
+        self._linear(x, weight, False, bias, kind, None, None, None, before, act)
+        return act, nothing(act) if before is None else before
+
+    def linear_residual(
+        self,
+        residual: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        drop_path: Tensor | None,
+    ) -> Tensor:
+        if x.dtype not in self.own_dtypes or residual.dtype not in (x.dtype, torch.float32):
+            return super().linear_residual(residual, x, weight, bias, scale, drop_path)
+        total = torch.empty_like(residual)
+        self._linear(x, weight, False, bias, "none", residual, scale, f32(drop_path), None, total)
+        return total
+
+    def norm_attention(
+        self,
+        x: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        eps: float,
+        qkv_weight: Tensor,
+        qkv_bias: Tensor | None,
+        heads: int,
+        scale: float,
+        *proj: Any,
+    ) -> Tensor:
+        if qkv_weight.dtype not in self.own_dtypes:
+            return super().norm_attention(x, norm_weight, norm_bias, eps, qkv_weight, qkv_bias, heads, scale, *proj)
+        out = torch.empty_like(x)
+        B, L, D = x.shape
+        lengths = even_lengths(B, L, x.device), L
+        weights = norm_weight, norm_bias, eps, qkv_weight.contiguous(), qkv_bias
+        self.functions.norm_attention_forward(
+            x.view(B * L, D), *weights, heads, scale, *lengths, proj[0].contiguous(), *proj[1:], out.view(B * L, D)
+        )
+        return out
+
+    def norm_mlp(
+        self,
+        x: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        eps: float,
+        fc1_weight: Tensor,
+        fc1_bias: Tensor | None,
+        activation: str,
+        fc2_weight: Tensor,
+        fc2_bias: Tensor | None,
+        scale: Tensor | None,
+    ) -> Tensor:
+        norm = norm_weight, norm_bias, eps
+        if fc1_weight.dtype not in self.own_dtypes:
+            return super().norm_mlp(x, *norm, fc1_weight, fc1_bias, activation, fc2_weight, fc2_bias, scale)
+        out = torch.empty_like(x)
+        fc1, fc2 = (fc1_weight.contiguous(), fc1_bias), (fc2_weight.contiguous(), fc2_bias)
+        self.functions.norm_mlp_forward(x, *norm, *fc1, activation, *fc2, scale, out)
+        return out
+
+    def int8_linear(
+        self,
+        x: Tensor,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        eps: float,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: str,
+        residual: Tensor | None,
+        scale: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        packed = derived(weight, "int8", pack_weight)
+        out = x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
+        norm = f32(norm_weight), f32(norm_bias), eps
+        self.functions.int8_linear(x, *norm, *packed, bias, activation, residual, scale, out)
+        return out
+
+    def input_grad(self, d_out: Tensor, weight: Tensor) -> Tensor:
+        if d_out.dtype not in self.own_dtypes:
+            return super().input_grad(d_out, weight)
+        d_x = d_out.new_empty(d_out.shape[0], weight.shape[1])
+        self._linear(d_out, weight, True, None, "none", None, None, None, None, d_x)
+        return d_x
+
+    def weight_grad(self, d_out: Tensor, x: Tensor) -> Tensor:
+        if d_out.dtype not in self.own_dtypes:
+            return super().weight_grad(d_out, x)
+        d_weight = d_out.new_empty(d_out.shape[1], x.shape[1])
+        self.functions.linear_weight_grad(d_out, x, d_weight)
+        return d_weight
+
+    def _linear(self, x: Tensor, weight: Tensor, transposed: bool, *rest: Any) -> None:
+        self.functions.linear(x.contiguous(), weight.contiguous(), transposed, *rest)

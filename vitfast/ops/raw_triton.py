@@ -1,0 +1,103 @@
+"""Triton's kernels as a backend's primitives."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .arguments import activated_width, nothing
+from .heads import Heads
+from .raw import RawKernels, f32
+
+
+class TritonKernels(RawKernels):
+    """Kernels of ``vitfast.kernels``; on a plain batch attention takes the length itself instead of offsets.
+
+    Args:
+        path: "library" (cuBLAS and one elementwise kernel) or "fused" (Triton's products with their epilogues) for every
+            product; None: as the table of configurations has it.
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        names = ("layer_norm", "activation", "attention", "patch_embed", "mlp")
+        modules = (import_module(f"vitfast.kernels.{m}") for m in names)
+        super().__init__(SimpleNamespace(**{k: v for m in modules for k, v in vars(m).items()}))
+        self.path = path
+        self.options = import_module("vitfast.kernels.attention_heads").HeadOptions
+
+    def _heads(self, heads: Heads) -> tuple[Any, ...]:
+        return (self.options(*(x.contiguous() if isinstance(x, Tensor) else x for x in heads)),)
+
+    def _fused_config(self, unit: str, x: Tensor, columns: int) -> tuple[bool, Any]:
+        """Whether the product of x [T, I] with ``columns`` outputs is Triton's own, and its tile if it was measured."""
+        row = self.functions.product_choice(unit, x, columns)
+        return (self.path or row.path) == "fused", row.config
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        fused, config = self._fused_config("linear", x, weight.shape[0])
+        if not fused:
+            return super().linear(x, weight, bias)
+        out = x.new_empty(x.shape[0], weight.shape[0])
+        self.functions.linear_forward(x.contiguous(), weight.contiguous(), bias, out, config)
+        return out
+
+    def linear_activation(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, keep: bool
+    ) -> tuple[Tensor, Tensor]:
+        fused, config = self._fused_config(*self._activation_unit(x, weight, kind))
+        if not fused:
+            h_TO = super().linear(x, weight, bias)  # the library's, whatever the table says of plain products
+            return self.activation_forward(h_TO, kind), h_TO if keep else nothing(h_TO)
+        act = x.new_empty(x.shape[0], activated_width(weight.shape[0], kind))
+        h = x.new_empty(x.shape[0], weight.shape[0]) if keep else None
+        self.functions.linear_activation_forward(x.contiguous(), weight.contiguous(), bias, kind, h, act, config)
+        return act, nothing(act) if h is None else h
+
+    def linear_again(self, x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> tuple[Tensor, Tensor | None]:
+        fused, _ = self._fused_config(*self._activation_unit(x, weight, kind))
+        if not fused:
+            return super().linear(x, weight, bias), None
+        act, h = self.linear_activation(x, weight, bias, kind, True)
+        return h, act
+
+    def _activation_unit(self, x: Tensor, weight: Tensor, kind: str) -> tuple[str, Tensor, int]:
+        gated = kind == "swiglu"
+        return "swiglu" if gated else "linear_activation", x, activated_width(weight.shape[0], kind)
+
+    def linear_residual(
+        self,
+        residual: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        drop_path: Tensor | None,
+    ) -> Tensor:
+        fused, config = self._fused_config("linear_residual", x, weight.shape[0])
+        if not fused:
+            return self.scale_add(residual, super().linear(x, weight, bias), scale, drop_path)
+        total = torch.empty_like(residual)
+        self.functions.linear_residual_forward(
+            x.contiguous(), weight.contiguous(), bias, residual, scale, f32(drop_path), total, config
+        )
+        return total
+
+    def hidden_backward(
+        self, d_out: Tensor, weight: Tensor, h: Tensor, kind: str, want_act: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        fused, config = self._fused_config("hidden_backward", d_out, weight.shape[1])
+        if not fused:
+            return super().hidden_backward(d_out, weight, h, kind, want_act)
+        d_h, d_bias = torch.empty_like(h), h.new_empty(h.shape[1], dtype=torch.float32)
+        act = d_out.new_empty(d_out.shape[0], weight.shape[1]) if want_act else None
+        self.functions.hidden_backward(d_out.contiguous(), weight.contiguous(), h, kind, d_h, act, d_bias, config)
+        return d_h, act, d_bias
+
+    def _lengths(self, qkv: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> tuple[Any, ...]:
+        if cu_seqlens is None:
+            return None, qkv.shape[1], qkv.shape[1]
+        return cu_seqlens, max_seqlen, 0

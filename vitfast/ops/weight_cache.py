@@ -1,0 +1,153 @@
+"""Values made from a weight once and kept while it stays the same: packed, quantised or cast copies for inference.
+
+A value belongs to the weight's storage: it is found again through any tensor that looks at the same numbers in the same
+way, and goes away with the storage. Nothing here holds the weight itself, and nothing is part of a module, so neither
+``state_dict`` nor pickle nor deepcopy sees it.
+
+A change is noticed by the tensor's version counter (in-place operations, optimizers, ``load_state_dict``) and by the
+storage (``.to()``, ``.data = ...``). Writes through ``weight.data`` or a NumPy view pass the counter by, so on the CPU a few
+of the numbers are compared as well: they show a change of the whole weight, as an exponential moving average makes, but not of
+a single element. After such a write call ``clear()``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import weakref
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+Value = TypeVar("Value")
+
+_SAMPLES = 8  # words of 64 bits, evenly spread
+
+
+@dataclass(frozen=True)
+class _Entry:
+    value: Any
+    nbytes: int
+    version: int
+    address: int
+    words: tuple[ctypes.c_uint64, ...]  # in the weight's own memory
+    seen: list[int]  # what they were when the value was made
+
+    def fits(self, weight: Tensor) -> bool:
+        same_place = self.version == weight._version and self.address == weight.data_ptr()
+        return same_place and [word.value for word in self.words] == self.seen
+
+
+_lock = threading.RLock()
+_entries: weakref.WeakKeyDictionary[torch.UntypedStorage, dict[Hashable, _Entry]] = weakref.WeakKeyDictionary()
+_limit: int | None = None
+
+
+def derived(weight: Tensor, kind: Hashable, make: Callable[[Tensor], Value]) -> Value:
+    """``make(weight)``, made again only when the weight has changed.
+
+    Args:
+        weight: a parameter or any other tensor; ``make`` gets it detached and in normal mode, so that what is made can be
+            used outside ``torch.inference_mode`` too.
+        kind: names what ``make`` makes; everything else that the value depends on (an instruction set, a block size)
+            belongs into it.
+        make: returns a tensor, or a tuple of tensors, None and other tuples.
+
+    Returns:
+        The value; not to be written to. It is made at every call, and not kept, where keeping it would be wrong: a gradient
+        of the weight is wanted (then ``make`` gets the weight itself; inside an op, where gradients are off, the caller
+        asks only when none is wanted), the weight was created under ``torch.inference_mode`` (it counts no versions), is
+        no plain tensor (FakeTensor, DTensor, functorch) or is being traced, or the value is a view of the weight; and
+        where it does not fit under the limit.
+    """
+    if torch.is_grad_enabled() and weight.requires_grad:
+        return make(weight)
+    if _limit == 0 or not _can_keep(weight):
+        return make(weight)
+    storage = weight.untyped_storage()
+    key = (kind, weight.dtype, weight.shape, weight.stride(), weight.storage_offset())
+    kept = _entries.get(storage)
+    entry = None if kept is None else kept.get(key)
+    if entry is not None and entry.fits(weight):
+        return entry.value
+    with _lock:  # one thread makes it, the others wait for it
+        kept = _entries.get(storage, {})
+        entry = kept.pop(key, None)
+        if entry is None or not entry.fits(weight):
+            del entry  # the old value, before the new one needs room
+            entry = _make_entry(weight, make)
+        shared = any(t.untyped_storage() is storage for t in _tensors(entry.value))
+        if not shared and (_limit is None or size_bytes() + entry.nbytes <= _limit):
+            _entries.setdefault(storage, {})[key] = entry
+        return entry.value
+
+
+def limit_bytes(limit: int | None) -> None:
+    """Let the kept values take at most ``limit`` bytes in this process: 0 keeps nothing, None (the start) everything.
+
+    Values that are over the limit now are dropped, the newest first; a value that does not fit is made at every call.
+
+    Raises:
+        ValueError: ``limit`` is negative.
+    """
+    global _limit
+    if limit is not None and limit < 0:
+        raise ValueError(f"limit is {limit}; allowed are 0 or more bytes, or None")
+    with _lock:
+        _limit = limit
+        if limit is None:
+            return
+        total = 0
+        for kept in list(_entries.values()):
+            for key, entry in list(kept.items()):
+                total += entry.nbytes
+                if total > limit:
+                    del kept[key]
+                    total -= entry.nbytes
+
+
+def size_bytes() -> int:
+    """Bytes of all kept values."""
+    with _lock:
+        return sum(entry.nbytes for kept in list(_entries.values()) for entry in kept.values())
+
+
+def clear() -> None:
+    """Drop every kept value; needed after changing part of a weight through ``.data`` or NumPy."""
+    with _lock:
+        _entries.clear()
+
+
+def _can_keep(weight: Tensor) -> bool:
+    plain = type(weight) is torch.nn.Parameter or type(weight) is Tensor
+    if not plain or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    if weight.is_inference() or weight.layout != torch.strided:
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(weight)
+
+
+def _make_entry(weight: Tensor, make: Callable[[Tensor], Any]) -> _Entry:
+    version, address, words = weight._version, weight.data_ptr(), _words(weight)
+    seen = [word.value for word in words]  # before making: a change meanwhile shows at the next call
+    with torch.inference_mode(False), torch.no_grad():
+        value = make(weight.detach())
+    nbytes = sum(t.untyped_storage().nbytes() for t in _tensors(value))
+    return _Entry(value, nbytes, version, address, words, seen)
+
+
+def _words(weight: Tensor) -> tuple[ctypes.c_uint64, ...]:
+    count = weight.numel() * weight.element_size() // 8
+    if weight.device.type != "cpu" or count == 0 or not weight.is_contiguous():
+        return ()
+    picked = sorted({(2 * i + 1) * count // (2 * _SAMPLES) for i in range(_SAMPLES)})
+    return tuple(ctypes.c_uint64.from_address(weight.data_ptr() + 8 * i) for i in picked)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for part in value for t in _tensors(part)] if isinstance(value, tuple) else []
