@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 TESTS ?=
 
-.PHONY: demo test lint format aot tune bench-smoke gpu gpu-dry clean
+.PHONY: demo test lint format aot bench-smoke tune gpu gpu-dry clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -31,15 +31,15 @@ format: $(VENV)/.built
 aot: $(VENV)/.built
 	$(BIN)/python -m vitfast.kernels.aot --out build/aot.json
 
-# On a GPU: measures the library's products against ours and rewrites kernels/product_table.py. Uses PYTHON as it is.
-tune:
-	PYTHONPATH=. $(PYTHON) -m vitfast.kernels.tune
-
 # A minute of small benchmarks, compared with the committed ones. A ratio that fell is printed, and is no failure, as machines
 # differ and have other users; a benchmark that does not run, or a wrong result of ours, is one.
 BASELINE = $(firstword $(wildcard benchmarks/results/*/smoke.json))
 bench-smoke: $(VENV)/.built
 	@$(BIN)/vitfast bench --preset smoke --out runs/bench-smoke $(if $(BASELINE),--check $(BASELINE)) || test $$? -eq 1
+
+# On a GPU: measures the library's products against ours and rewrites kernels/product_table.py. Uses PYTHON as it is.
+tune:
+	PYTHONPATH=. $(PYTHON) -m vitfast.kernels.tune
 
 # On a GPU, under ten minutes: build, parity, benchmarks; at most eight files in OUT. Uses PYTHON as it is, no .venv.
 OUT ?= runs/gpu

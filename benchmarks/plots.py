@@ -207,7 +207,7 @@ def threads(rows: Sequence[Row], machine: dict[str, Any]) -> Any:
 def floor(rows: Sequence[Row], machine: dict[str, Any]) -> Any:
     """Share of the floor's speed that ours and the fastest peer reach, a pair of bars for each case."""
     pairs = [(mine, best_of(case)) for case in cases(rows) if (mine := ours_of(case)) and mine.op != "overhead"]
-    pairs = _spread(pairs, _MOST_BARS)
+    pairs = _telling(pairs)
     if not pairs:
         return None
     figure, axis = plt.subplots(figsize=(9.5, 1.4 + 0.42 * len(pairs)), layout="constrained")
@@ -233,11 +233,14 @@ def floor(rows: Sequence[Row], machine: dict[str, Any]) -> Any:
     return figure
 
 
-def _spread(items: list[Any], most: int) -> list[Any]:
-    """At most so many of them, evenly."""
-    if len(items) <= most:
-        return items
-    return [items[i * len(items) // most] for i in range(most)]
+def _telling(pairs: list[tuple[Row, Row | None]]) -> list[tuple[Row, Row | None]]:
+    """At most ``_MOST_BARS``: all whole models, and of each op and dtype the first shape, forward and both passes."""
+    whole = [pair for pair in pairs if "model" in shape_of(pair[0].shape)]
+    first: dict[tuple[str, ...], tuple[Row, Row | None]] = {}
+    for mine, best in pairs:
+        if mine.direction != "backward":
+            first.setdefault((mine.op, mine.dtype, mine.direction), (mine, best))
+    return list({mine.key: (mine, best) for mine, best in [*whole, *first.values()]}.values())[:_MOST_BARS]
 
 
 def roofline(rows: Sequence[Row], machine: dict[str, Any]) -> Any:
