@@ -18,6 +18,9 @@ from vitfast.models.vit import VisionTransformer
 # Allowed error: fp32 an absolute share of the truth's norm, half precisions a multiple of plain PyTorch's own error.
 FP32_ALLOWED = 1e-5
 HALF_FACTOR = 1.2
+# precision="int8": a share of the truth's norm (models of random weights are 4 % off, at 12 blocks), and of the images.
+INT8_ALLOWED = 0.1
+INT8_CHANGED_ALLOWED = 0.01
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,9 @@ def verify(
         A :class:`Report`: for each dtype the error of every output (a tensor is called "logits"; the tensors of a
         transformers output keep their names) and of all parameters' gradients against the reference in fp64, beside the
         reference's own error in that dtype. fp32 passes up to 1e-5, others up to 1.2 times the reference's error. Both
-        run in eval mode on copies, from the same random state.
+        run in eval mode on copies, from the same random state. A model with precision "int8" has two rows more, of a
+        forward pass without gradients in its own dtype: "logits", which pass up to 0.1, and, if ``images`` are given,
+        "top-1 changed": the share of images that get another class than in fp64, which passes up to 0.01.
 
     Raises:
         ValueError: there is no reference, its parameters have other names, or the size of
@@ -125,6 +130,8 @@ def verify(
             allowed = FP32_ALLOWED if dtype == torch.float32 else HALF_FACTOR * own
             worst = _worst(ours, truth, keys) if what == "gradients" else ("", 0.0)
             rows.append(Row(kind, what, mine, own, allowed, *worst))
+    if isinstance(model, VisionTransformer) and model.config.precision == "int8":
+        rows += _int8_rows(model, reference, forward, inputs, truth[f"{_OUTPUT}logits"], images is not None)
     return Report(rows)
 
 
@@ -137,12 +144,10 @@ def _outcome(
 ) -> dict[str, Tensor]:
     """Every output and every parameter's gradient of one eval-mode step in ``dtype``, on a copy of the model."""
     model = copy.deepcopy(model).to(dtype).eval().requires_grad_(True)
-    cast = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
-    first = [cast.pop("")] if "" in cast else []
     device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)  # for models that draw in eval mode, as masked autoencoders do
-        result = model(*first, **cast) if forward is None else forward(model, *first)
+        result = _call(model, inputs, dtype, forward)
     outputs = {_OUTPUT + name: tensor for name, tensor in _tensors(result, "logits")}
     generator = torch.Generator().manual_seed(1)
     loss = torch.zeros((), dtype=torch.float64, device=device)
@@ -153,6 +158,42 @@ def _outcome(
     loss.backward()
     grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
     return {name: tensor.detach() for name, tensor in outputs.items()} | grads
+
+
+def _call(
+    model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype, forward: Callable[[Any, Tensor], Tensor] | None
+) -> Any:
+    cast = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+    first = [cast.pop("")] if "" in cast else []
+    return model(*first, **cast) if forward is None else forward(model, *first)
+
+
+@torch.no_grad()
+def _int8_rows(
+    model: nn.Module,
+    reference: nn.Module,
+    forward: Callable[[Any, Tensor], Tensor] | None,
+    inputs: Mapping[str, Any],
+    truth: Tensor,
+    count_classes: bool,
+) -> list[Row]:
+    dtype = next(model.parameters()).dtype
+    reference = copy.deepcopy(reference).to(dtype).eval()
+    if isinstance(reference, VisionTransformer):
+        reference.set_precision("float")
+    ours = _call(copy.deepcopy(model).eval(), inputs, dtype, None)
+    plain = _call(reference, inputs, dtype, forward)
+
+    def error(x: Tensor) -> float:
+        return float((x.double() - truth).norm() / truth.norm())
+
+    def changed(x: Tensor) -> float:
+        return float((x.argmax(-1) != truth.argmax(-1)).double().mean())
+
+    rows = [Row("int8", "logits", error(ours), error(plain), INT8_ALLOWED)]
+    if count_classes:
+        rows.append(Row("int8", "top-1 changed", changed(ours), changed(plain), INT8_CHANGED_ALLOWED))
+    return rows
 
 
 def _tensors(result: Any, name: str) -> list[tuple[str, Tensor]]:

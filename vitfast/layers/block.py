@@ -19,6 +19,7 @@ from vitfast.layers.layer_scale import LayerScale
 from vitfast.layers.mlp import Mlp, SwiGLU
 from vitfast.layers.tokens import FULL, Tokens
 from vitfast.layers.untouched import remember_parts, untouched, watched
+from vitfast.ops.arguments import product_dtype
 
 
 class Block(nn.Module):
@@ -28,6 +29,9 @@ class Block(nn.Module):
     after proj, fc1 and fc2, ``attn_drop`` on the attention weights. ``qkv_layout`` is "fused", "split_bias" or
     "separate" (see ``layers.attention``), ``mlp_layer`` "mlp", "swiglu_packed" or "swiglu" (see ``layers.mlp``).
     ``recompute`` is "none", "fused" or "mlp" (see ``ops.norm_mlp``).
+
+    ``precision`` "int8" multiplies in 8-bit integers in eval mode while no gradient is wanted, but for weights that a
+    layout joins anew at each call.
 
     The fused ops read the weights of norm1, attn.qkv, ...; where one of these has a hook or was replaced, the block
     calls its sub-modules instead (see ``layers.untouched``).
@@ -53,10 +57,12 @@ class Block(nn.Module):
         drop_path: float = 0.0,
         backend: str = "auto",
         recompute: str = "fused",
+        precision: str = "float",
     ) -> None:
         super().__init__()
         self.backend = backend
         self.recompute = recompute
+        self.precision = precision
         self.norm1 = LayerNorm(dim, norm_eps, backend=backend)
         self.attn = QKV_LAYOUTS[qkv_layout](
             dim,
@@ -102,7 +108,7 @@ class Block(nn.Module):
 
     def _attention_is_one_op(self, tokens: Tokens) -> bool:
         """At inference, on whole images, with nothing between the projections but attention."""
-        if torch.is_grad_enabled() or self.training or not tokens.plain:
+        if torch.is_grad_enabled() or self.training or not tokens.plain or self.precision == "int8":
             return False
         attn = self.attn
         bare = all(isinstance(part, nn.Identity) for part in (attn.q_norm, attn.k_norm, attn.norm))
@@ -163,11 +169,18 @@ class Block(nn.Module):
         if not mlp.fits_one_op:
             hidden_BLF = mlp.hidden(self._norm_linear(x_BLD, norm, *mlp.hidden_parameters()))
             return self._add(x_BLD, hidden_BLF, mlp.fc2, mlp.drop, 1, self.drop_path2, tokens)
+        weight, bias = mlp.hidden_parameters()
+        if self._in_int8(x_BLD, weight):
+            # 16 bits are enough for what the next product rounds to 8
+            narrow = torch.bfloat16 if x_BLD.dtype == torch.float32 else x_BLD.dtype
+            hidden_BLF = self._int8_norm_linear(x_BLD, norm, weight, bias, mlp.activation, narrow)
+            return self._add(x_BLD, hidden_BLF, mlp.fc2, mlp.drop, 1, self.drop_path2, tokens)
         return ops.norm_mlp(
             x_BLD,
             norm.weight,
             norm.bias,
-            *mlp.hidden_parameters(),
+            weight,
+            bias,
             mlp.fc2.weight,
             mlp.fc2.bias,
             norm.eps,
@@ -178,7 +191,37 @@ class Block(nn.Module):
             backend=self.backend,
         )
 
+    def _in_int8(self, x_BLD: Tensor, weight: Tensor) -> bool:
+        if self.precision != "int8" or self.training:
+            return False
+        if not isinstance(weight if weight._base is None else weight._base, nn.Parameter):
+            return False  # made for this call: its integers could not be kept
+        return not (torch.is_grad_enabled() and any(t.requires_grad for t in (x_BLD, *self.parameters())))
+
+    def _int8_norm_linear(
+        self,
+        x_BLD: Tensor,
+        norm: LayerNorm,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: str,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        return ops.int8_linear(
+            x_BLD,
+            weight,
+            bias,
+            norm_weight=norm.weight,
+            norm_bias=norm.bias,
+            eps=norm.eps,
+            activation=activation,
+            dtype=dtype,
+            backend=self.backend,
+        )
+
     def _norm_linear(self, x_BLD: Tensor, norm: LayerNorm, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self._in_int8(x_BLD, weight):
+            return self._int8_norm_linear(x_BLD, norm, weight, bias, "none", product_dtype(x_BLD, weight))
         return ops.norm_linear(
             x_BLD, norm.weight, norm.bias, weight, bias, norm.eps, recompute=self.recompute, backend=self.backend
         )
@@ -198,6 +241,10 @@ class Block(nn.Module):
         if self.training and drop > 0.0:
             out_BLD = F.dropout(ops.linear(branch, linear.weight, linear.bias), drop)
             return x_BLD + drop_path(out_BLD if scale is None else out_BLD * scale, tokens.cu_seqlens)
+        if self._in_int8(x_BLD, linear.weight):
+            return ops.int8_linear(
+                branch, linear.weight, linear.bias, residual=x_BLD, scale=scale, backend=self.backend
+            )
         factor = drop_path.sample(x_BLD, tokens.cu_seqlens)
         return ops.linear_residual(
             x_BLD, branch, linear.weight, linear.bias, scale=scale, drop_path=factor, backend=self.backend

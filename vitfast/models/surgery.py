@@ -75,6 +75,16 @@ def set_input_size(
         model.pos_embed = nn.Parameter(resampled, requires_grad=model.pos_embed.requires_grad)
 
 
+def set_precision(model: VisionTransformer, precision: str) -> None:
+    """What inference multiplies in from now on: "float", the parameters' dtype, or "int8" (see ``ViTConfig``).
+
+    The parameters are not touched. Raises ValueError.
+    """
+    model.config = dataclasses.replace(model.config, precision=precision)
+    for block in model.blocks:
+        block.precision = precision  # type: ignore[assignment]
+
+
 def prune_intermediate_layers(
     model: VisionTransformer,
     indices: int | Sequence[int] = 1,

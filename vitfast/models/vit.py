@@ -253,6 +253,7 @@ class VisionTransformer(nn.Module):
     reset_classifier = surgery.reset_classifier
     set_input_size = surgery.set_input_size
     prune_intermediate_layers = surgery.prune_intermediate_layers
+    set_precision = surgery.set_precision
     set_grad_checkpointing = surgery.set_grad_checkpointing
     no_weight_decay = surgery.no_weight_decay
     group_matcher = surgery.group_matcher
@@ -289,6 +290,7 @@ def _blocks(config: ViTConfig) -> Iterator[nn.Module]:
         "proj_drop": config.proj_drop_rate,
         "backend": config.backend,
         "recompute": config.block_recompute,
+        "precision": config.precision,
     }
     kind: type[nn.Module] = BLOCKS[config.block]
     if config.token_merging:
