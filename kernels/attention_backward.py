@@ -281,6 +281,7 @@ def _one_pass_kernel(
     """
     PACKED: tl.constexpr = cu_seqlens is not None
     E: tl.constexpr = VO[0]
+    QK0: tl.constexpr = QK[1]
     QK1: tl.constexpr = QK[2]
     _block, head, sequence, start, length = locate(cu_seqlens, seqlen, 1, H)
     if length == 0:
@@ -325,7 +326,7 @@ def _one_pass_kernel(
         if delta is not None:
             tl.store(delta + sums + rows, row_delta, mask=rows < length)
         row_lse = load_lse(lse + sums, rows, length)
-        dq0 = tl.zeros([QK[1], M], tl.float32)
+        dq0 = tl.zeros([QK0, M], tl.float32)
         if QK1 > 0:
             dq1 = tl.zeros([QK1, M], tl.float32)
         else:
