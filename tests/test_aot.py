@@ -63,10 +63,11 @@ def test_what_counts_as_a_problem(monkeypatch):
     monkeypatch.setattr(aot, "resources", lambda cubin: (64, 8))
     metadata = SimpleNamespace(shared=300_000, num_warps=4)
     compiled = SimpleNamespace(asm={"cubin": b"", "ptx": "fma.rn.f32"}, metadata=metadata)
-    row = aot.describe(90, "mlp.linear", compiled, True, True, "", True)
+    row = aot.describe(90, "mlp.linear", compiled, True, True, True)
     assert [problem.split(" ")[0] for problem in row["problems"]] == ["spills", "shared", "16-bit", "descriptors"]
+    monkeypatch.setattr(aot, "resources", lambda cubin: (64, 0))
     compiled.asm["ptx"], metadata.shared = "mma.sync cp.async.bulk.tensor", 1024
-    assert aot.describe(90, "mlp.linear", compiled, True, True, "known", True)["problems"] == [
+    assert aot.describe(90, "mlp.linear", compiled, True, True, True)["problems"] == [
         "product on the tensor cores' old interface"
     ]
-    assert aot.describe(80, "mlp.linear", compiled, True, True, "known", False)["problems"] == []
+    assert aot.describe(80, "mlp.linear", compiled, True, True, False)["problems"] == []
