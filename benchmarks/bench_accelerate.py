@@ -10,6 +10,7 @@ import copy
 import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,13 @@ def table(results: Iterator[tuple[str, Report, str]]) -> Iterator[str]:
         yield f"| {name} | {replaced} | {' | '.join(cells)} | {'pass' if found.passed else '**FAIL**'} |"
 
 
+def versions(device: str) -> str:
+    """What the numbers depend on, as "torch 2.14.0, timm 1.0.31, ... on the CPU"."""
+    names = [f"{name} {metadata.version(name)}" for name in ("torch", *PEERS)]
+    place = "the CPU" if device == "cpu" else torch.cuda.get_device_name()
+    return f"{', '.join(names)} on {place}"
+
+
 def main(argv: list[str] | None = None) -> int:
     """Prints the parity table as it grows; 0 if every architecture passed, 1 if not."""
     parser = argparse.ArgumentParser(prog="vitfast.benchmarks.bench_accelerate", description=main.__doc__)
@@ -231,11 +239,19 @@ def main(argv: list[str] | None = None) -> int:
             passed.append(found.passed)
             yield name, found, replaced
 
-    lines = []
+    size = "Real width and depth, batch 2" if args.full else "Two blocks of the real head width, batch 8"
+    lines = [
+        "# Parity of accelerated models",
+        "",
+        f"Written by `python -m vitfast.benchmarks.bench_accelerate` with {versions(args.device)}. {size}. A cell is",
+        "our error / the original's own error, both against fp64; see [accelerate.md](accelerate.md).",
+        "",
+    ]
+    print("\n".join(lines))
     for line in table(results()):
         lines.append(line)
         print(line, flush=True)
-    lines.append(f"\n{sum(passed)} of {len(passed)} architectures pass.")
+    lines += ["", f"{sum(passed)} of {len(passed)} architectures pass."]
     print(lines[-1])
     if args.out is not None:
         write_text(args.out, "\n".join(lines) + "\n")
