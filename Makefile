@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 TESTS ?=
 
-.PHONY: demo test lint format aot tune gpu gpu-dry clean
+.PHONY: demo test lint format aot bench-smoke tune gpu gpu-dry clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -30,6 +30,12 @@ format: $(VENV)/.built
 # Compiles every Triton kernel for sm_80, sm_90 and sm_100 without a GPU; fails on spills.
 aot: $(VENV)/.built
 	$(BIN)/python -m vitfast.kernels.aot --out build/aot.json
+
+# A minute of small benchmarks, compared with the committed ones. A ratio that fell is printed, and is no failure, as machines
+# differ and have other users; a benchmark that does not run, or a wrong result of ours, is one.
+BASELINE = $(firstword $(wildcard benchmarks/results/*/smoke.json))
+bench-smoke: $(VENV)/.built
+	@$(BIN)/vitfast bench --preset smoke --out runs/bench-smoke $(if $(BASELINE),--check $(BASELINE)) || test $$? -eq 1
 
 # On a GPU: measures the library's products against ours and rewrites kernels/product_table.py. Uses PYTHON as it is.
 tune:

@@ -42,6 +42,7 @@ PARTS: tuple[tuple[str, str, float, tuple[str, ...]], ...] = (
     ("attention", "growth", 0.7, ("--direction", "forward", "--providers", "vitfast*", "sdpa*", "flash*")),
 )
 _RESTARTS = 3
+MOST_PLOTS = 4
 
 
 @dataclass
@@ -224,16 +225,15 @@ def write(run: Run, results: Sequence[dict[str, Any]], out: Path) -> None:
     text = ["# vitfast on this machine", "\n".join(f"- {line}" for line in run.lines)]
     if results:
         content = merged(results)
-        rows = tuple(schema.rows_of(content))
+        machine = report.Machine(out, (content,))
         schema.write(out / "results.json", content)
-        schema.write_text(out / "results.csv", schema.to_csv(list(rows)))
+        schema.write_text(out / "results.csv", schema.to_csv(schema.rows_of(content)))
         try:
             from . import plots
 
-            links = [path.name for path in plots.draw(rows, content["machine"], out)]
+            links = [path.name for path in plots.draw(machine, most=MOST_PLOTS)]
         except ImportError as error:
             text.append(f"No plots: {error}.")
-        machine = report.Machine(out, (content,), rows)
         text += [report.summary(machine), report.everything(machine, links)]
     schema.write_text(out / "report.md", "\n\n".join(text) + "\n")
 

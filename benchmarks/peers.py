@@ -101,7 +101,7 @@ def own_providers(op: str, run: Callable[..., Any], device: str, dtype: torch.dt
     for backend in TABLE[op]:
         if backend.why_not(device, (dtype,), True) is not None:
             continue
-        interpreted = backend.name == "triton" and device == "cpu"
+        interpreted = backend.name.startswith("triton") and device == "cpu"
         found.append(
             Provider(
                 f"vitfast {backend.name}",

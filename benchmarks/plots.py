@@ -1,20 +1,34 @@
-"""Pictures of result rows: time against a size, share of the floor, the roofline, memory against the batch."""
+"""Pictures of result rows: time and memory against a size, threads, share of the floor, the roofline."""
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 
-from .harness import shape_of, shape_text
-from .report import MIN_GROWTH, best_of, cases, ours_of
+from .harness import shape_of
+from .scaling import (
+    AXES,
+    QUANTITIES,
+    THREADS,
+    Panel,
+    Points,
+    exponent,
+    growth_panels,
+    milliseconds,
+    panels,
+)
 from .schema import Row
+from .tables import Machine, best_of, cases, number, ours_of
 
 matplotlib.use("Agg")  # draws to files, needs no display
 import matplotlib.pyplot as plt
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from PIL import Image  # comes with matplotlib
 
 _OURS = "#1b5fa6"
 _PEERS = ("#d1495b", "#e08e2b", "#6a994e", "#8d6cab", "#8c6d46", "#5c7f8a", "#c06c9c")
@@ -23,39 +37,48 @@ _MOST_PANELS = 6
 _MOST_BARS = 28
 
 
-def draw(rows: Sequence[Row], machine: dict[str, Any], folder: Path, prefix: str = "") -> list[Path]:
-    """Every picture that the rows have the points for, as PNG files in ``folder``; returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    made = []
-    for name, function in (("growth", growth), ("floor", floor), ("roofline", roofline), ("memory", memory)):
-        figure = function(rows, machine)
-        if figure is not None:
-            path = folder / f"{prefix}{name}.png"
-            figure.savefig(path, dpi=110)
-            plt.close(figure)
-            made.append(path)
+def draw(results: Machine, most: int | None = None) -> list[Path]:
+    """Every picture that the results have the points for, as PNG files beside them; returns their paths, at most ``most``.
+
+    Pictures of an earlier run of the same kinds are removed.
+    """
+    folder = results.folder
+    for name in (*_KINDS, "growth", "growth-*"):
+        for old in folder.glob(f"{name}.png"):
+            old.unlink()
+    made: list[Path] = []
+    for name, figure in _figures(results):
+        if most is None or len(made) < most:
+            made.append(folder / f"{name}.png")
+            _save(figure, made[-1])
+        plt.close(figure)
     return made
+
+
+def _save(figure: Any, path: Path) -> None:
+    """With a palette of 64 colours: lines and text look the same, and the file is a quarter as large."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=90)
+    with Image.open(drawn) as image:
+        image.convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
+def _figures(results: Machine) -> Iterator[tuple[str, Any]]:
+    """(file name, picture), in the order of what says most."""
+    every, machine = results.every, results.contents[0]["machine"]
+    for name, function in _KINDS.items():
+        figure = function(every if name == "threads" else results.rows, machine)
+        if figure is not None:
+            yield name, figure
+    still = [row for row in every if THREADS not in shape_of(row.shape)]
+    for op, dtype in dict.fromkeys((row.op, row.dtype) for row in still):
+        figure = growth([row for row in still if (row.op, row.dtype) == (op, dtype)])
+        if figure is not None:
+            yield f"growth-{op}-{dtype}", figure
 
 
 def _color(provider: str, ours: bool, order: dict[str, int]) -> str:
     return _OURS if ours else _PEERS[order.setdefault(provider, len(order)) % len(_PEERS)]
-
-
-def _series(rows: Sequence[Row]) -> dict[tuple[str, ...], dict[str, list[tuple[int, Row]]]]:
-    """(op, dtype, direction, axis, other axes) -> provider -> (size, row), where an axis has three sizes or more."""
-    panels: dict[tuple[str, ...], dict[str, list[tuple[int, Row]]]] = {}
-    for row in rows:
-        shape = shape_of(row.shape)
-        for axis, size in shape.items():
-            if isinstance(size, int):
-                rest = shape_text({a: s for a, s in shape.items() if a != axis})
-                panel = panels.setdefault((row.op, row.dtype, row.direction, axis, rest), {})
-                panel.setdefault(row.provider, []).append((size, row))
-    return {
-        key: {name: sorted(points, key=lambda point: point[0]) for name, points in panel.items()}
-        for key, panel in panels.items()
-        if len({size for points in panel.values() for size, _ in points}) >= MIN_GROWTH
-    }
 
 
 def _grid(count: int, width: float = 5.6, height: float = 4.2) -> tuple[Any, list[Any]]:
@@ -69,44 +92,122 @@ def _grid(count: int, width: float = 5.6, height: float = 4.2) -> tuple[Any, lis
     return figure, list(axes.flat[:count])
 
 
-def growth(rows: Sequence[Row], machine: dict[str, Any]) -> Any:
-    """Milliseconds against the size of one axis, both logarithmic; bands are the 20-80 % quantiles, dashes the floor."""
-    panels = _series([row for row in rows if row.ms is not None])
-    wanted = [key for key in panels if key[2] in ("forward", "both")][:_MOST_PANELS]
-    if not wanted:
+def _line(axis: Any, points: Points, values: Sequence[float | None], style: dict[str, Any], ours: bool) -> None:
+    axis.plot([size for size, _ in points], values, marker="o", markersize=4, linewidth=2 if ours else 1.3, **style)
+
+
+def _styles(lines: dict[str, Points], order: dict[str, int]) -> dict[str, dict[str, Any]]:
+    """A colour for each peer, the same in every panel, and a line style for each of ours."""
+    mine = [provider for provider, points in lines.items() if points[0][1].ours]
+    styles = {}
+    for provider, points in lines.items():
+        ours = points[0][1].ours
+        line = _LINES[mine.index(provider) % len(_LINES)] if ours else "-"
+        styles[provider] = {"color": _color(provider, ours, order), "linestyle": line}
+    return styles
+
+
+def growth(rows: Sequence[Row]) -> Any:
+    """Of one op and dtype: a row of panels for each axis; milliseconds of each pass, and the peak memory of models.
+
+    Both scales are logarithmic; bands are the 20-80 % quantiles, black dashes the floor, the exponents are fitted.
+    """
+    columns: dict[tuple[str, str], dict[str, Panel]] = {}
+    for quantity, value in QUANTITIES.items():
+        for panel in growth_panels(rows, value):
+            wanted = panel.direction in ("forward", "both") and panel.op != "memory"
+            if wanted and (quantity == "ms" or panel.op in ("model", "train")):
+                held = columns.setdefault((quantity, panel.direction), {})
+                if panel.axis not in held or len(held[panel.axis].sizes) < len(panel.sizes):
+                    held[panel.axis] = panel
+    axes = list(dict.fromkeys(axis for held in columns.values() for axis in held))
+    if not axes:
         return None
-    figure, axes = _grid(len(wanted))
+    figure, grid = plt.subplots(
+        len(axes), len(columns), figsize=(5.6 * len(columns), 4 * len(axes)), squeeze=False, layout="constrained"
+    )
     order: dict[str, int] = {}
-    for axis, key in zip(axes, wanted, strict=True):
-        mine = [provider for provider, points in panels[key].items() if points[0][1].ours]
-        op, dtype, direction, name, rest = key
-        floor_points: dict[int, float] = {}
-        for provider, points in panels[key].items():
-            sizes, ours = [size for size, _ in points], points[0][1].ours
-            style: dict[str, Any] = {"color": _color(provider, ours, order), "label": provider}
-            style["linestyle"] = _LINES[mine.index(provider) % len(_LINES)] if ours else "-"
-            axis.plot(
-                sizes, [row.ms for _, row in points], marker="o", markersize=4, linewidth=2 if ours else 1.3, **style
-            )
+    for line, name in zip(grid, axes, strict=True):
+        for axis, ((quantity, _), held) in zip(line, columns.items(), strict=True):
+            if name in held:
+                _growth_panel(axis, held[name], quantity, order)
+            else:
+                axis.set_axis_off()
+    return figure
+
+
+def _growth_panel(axis: Any, panel: Panel, quantity: str, order: dict[str, int]) -> None:
+    value = QUANTITIES[quantity]
+    styles = _styles(panel.lines, order)
+    for provider, points in panel.lines.items():
+        slopes = exponent(points, value)
+        label = provider if slopes is None else f"{provider}: {panel.axis}^{slopes[0]:.2f}"
+        style = styles[provider] | {"label": label}
+        _line(axis, points, [value(row) for _, row in points], style, points[0][1].ours)
+        if quantity == "ms":
             low, high = [row.ms_low or 0 for _, row in points], [row.ms_high or 0 for _, row in points]
+            sizes = [size for size, _ in points]
             axis.fill_between(sizes, low, high, alpha=0.15, color=style["color"], linewidth=0)
-            floor_points |= {size: row.floor_ms for size, row in points}
-        sizes = sorted(floor_points)
-        axis.plot(sizes, [floor_points[s] for s in sizes], "k--", linewidth=1, label="floor")
+    if quantity == "ms":
+        floors = {size: row.floor_ms for points in panel.lines.values() for size, row in points}
+        axis.plot(panel.sizes, [floors[size] for size in panel.sizes], "k--", linewidth=1, label="floor")
+    axis.set(
+        xscale="log",
+        yscale="log",
+        xlabel=AXES.get(panel.axis, panel.axis),
+        ylabel="milliseconds" if quantity == "ms" else "peak memory, MiB",
+        title=f"{panel.op} {panel.direction}, {panel.dtype}\n{panel.rest}",
+    )
+    axis.set_xticks(panel.sizes, [str(size) for size in panel.sizes])
+    axis.xaxis.set_minor_locator(NullLocator())
+    _plain_ticks(axis.yaxis)
+    axis.title.set_fontsize(9.5)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+
+
+def _plain_ticks(axis: Any) -> None:
+    """0.5, 2 and 100 instead of powers of ten, at 1, 2 and 5 of each decade where there are few decades."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 300 * low else (1.0,)))
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def threads(rows: Sequence[Row], machine: dict[str, Any]) -> Any:
+    """How many times as fast as with one thread, against the number of threads; dashes are the ideal."""
+    shown = [panel for panel in panels(rows, milliseconds, (THREADS,)) if panel.sizes[0] == 1]
+    shown = [panel for panel in shown if panel.direction in ("forward", "both")]
+    if not shown:
+        return None
+    figure, axes = _grid(len(shown), height=4.4)
+    order: dict[str, int] = {}
+    for axis, panel in zip(axes, shown, strict=True):
+        styles = _styles(panel.lines, order)
+        for provider, points in panel.lines.items():
+            one = points[0][1].ms
+            if points[0][0] != 1 or one is None:
+                continue
+            gain = [one / row.ms if row.ms else None for _, row in points]
+            label = f"{provider}: {number(points[-1][1].ms)} ms"
+            _line(axis, points, gain, styles[provider] | {"label": label}, points[0][1].ours)
+        axis.plot(panel.sizes, panel.sizes, "k--", linewidth=1, label="ideal")
         axis.set(
-            xscale="log", yscale="log", xlabel=name, ylabel="milliseconds", title=f"{op} {direction}, {dtype}\n{rest}"
+            xlabel=AXES[THREADS],
+            ylabel="times as fast as one thread",
+            title=f"{panel.op} {panel.direction}, {panel.dtype}\n{panel.rest}",
+            xticks=panel.sizes,
         )
-        axis.set_xticks(sizes, [str(s) for s in sizes])
-        axis.minorticks_off()
+        axis.title.set_fontsize(9.5)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper left", title=f"(ms with {panel.sizes[-1]} threads)", title_fontsize=8)
     return figure
 
 
 def floor(rows: Sequence[Row], machine: dict[str, Any]) -> Any:
     """Share of the floor's speed that ours and the fastest peer reach, a pair of bars for each case."""
     pairs = [(mine, best_of(case)) for case in cases(rows) if (mine := ours_of(case)) and mine.op != "overhead"]
-    pairs = _spread(pairs, _MOST_BARS)
+    pairs = _telling(pairs)
     if not pairs:
         return None
     figure, axis = plt.subplots(figsize=(9.5, 1.4 + 0.42 * len(pairs)), layout="constrained")
@@ -132,17 +233,26 @@ def floor(rows: Sequence[Row], machine: dict[str, Any]) -> Any:
     return figure
 
 
-def _spread(items: list[Any], most: int) -> list[Any]:
-    """At most so many of them, evenly."""
-    if len(items) <= most:
-        return items
-    return [items[i * len(items) // most] for i in range(most)]
+def _telling(pairs: list[tuple[Row, Row | None]]) -> list[tuple[Row, Row | None]]:
+    """At most ``_MOST_BARS``: all whole models, and of each op and dtype the first shape, forward and both passes."""
+    whole = [pair for pair in pairs if "model" in shape_of(pair[0].shape)]
+    first: dict[tuple[str, ...], tuple[Row, Row | None]] = {}
+    for mine, best in pairs:
+        if mine.direction != "backward":
+            first.setdefault((mine.op, mine.dtype, mine.direction), (mine, best))
+    return list({mine.key: (mine, best) for mine, best in [*whole, *first.values()]}.values())[:_MOST_BARS]
 
 
 def roofline(rows: Sequence[Row], machine: dict[str, Any]) -> Any:
     """Rate reached against flops per byte, ours and the fastest peer, under the machine's roofs."""
     shown = [row for case in cases(rows) for row in (ours_of(case), best_of(case)) if row is not None]
-    shown = [row for row in shown if row.op not in ("overhead", "memory", "train", "model") and row.bytes and row.flops]
+    shown = [
+        row
+        for row in shown
+        if row.op not in ("overhead", "memory", "train", "model", "accelerate", "accelerate_train")
+        and row.bytes
+        and row.flops
+    ]
     if not shown:
         return None
     figure, axis = plt.subplots(figsize=(8.5, 5.6), layout="constrained")
@@ -177,22 +287,27 @@ def roofline(rows: Sequence[Row], machine: dict[str, Any]) -> Any:
 
 def memory(rows: Sequence[Row], machine: dict[str, Any]) -> Any:
     """MiB kept for backward against the batch, a line for each policy and peer."""
-    panels = {key: panel for key, panel in _series([r for r in rows if r.op == "memory"]).items() if key[3] == "B"}
-    if not panels:
+    found = growth_panels([row for row in rows if row.op == "memory"], lambda row: row.kept_mib)
+    shown = [panel for panel in found if panel.axis == "B"][:_MOST_PANELS]
+    if not shown:
         return None
-    panels = dict(list(panels.items())[:_MOST_PANELS])
-    figure, axes = _grid(len(panels))
+    figure, axes = _grid(len(shown))
     order: dict[str, int] = {}
-    for axis, ((_, dtype, _, _, rest), panel) in zip(axes, panels.items(), strict=True):
-        mine = [name for name, points in panel.items() if points[0][1].ours]
-        for provider, points in panel.items():
-            ours = points[0][1].ours
-            style = _LINES[mine.index(provider) % len(_LINES)] if ours else "-"
-            color = _color(provider, ours, order)
-            sizes, kept = [size for size, _ in points], [row.kept_mib for _, row in points]
-            axis.plot(sizes, kept, linestyle=style, marker="o", markersize=4, color=color, label=provider)
-        axis.set_xticks(sorted({size for points in panel.values() for size, _ in points}))
-        axis.set(xlabel="batch", ylabel="MiB kept for backward", title=f"{rest}\n{dtype}", ylim=(0, None))
+    for axis, panel in zip(axes, shown, strict=True):
+        styles = _styles(panel.lines, order)
+        for provider, points in panel.lines.items():
+            kept = [row.kept_mib for _, row in points]
+            _line(axis, points, kept, styles[provider] | {"label": provider}, points[0][1].ours)
+        axis.set_xticks(panel.sizes)
+        axis.set(xlabel=AXES["B"], ylabel="MiB kept for backward", title=f"{panel.rest}\n{panel.dtype}", ylim=(0, None))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     return figure
+
+
+_KINDS: dict[str, Callable[[Sequence[Row], dict[str, Any]], Any]] = {
+    "floor": floor,
+    "roofline": roofline,
+    "memory": memory,
+    "threads": threads,
+}

@@ -1,35 +1,42 @@
 """From result files to what people read: the terminal's table, markdown, and the parts of documents that are measured.
 
 A document has ``<!-- measured WHAT -->`` ... ``<!-- /measured -->``; what stands between is replaced, never typed.
-WHAT is nothing (a summary), "all" (every table and plot), "fields" (the result file's layout).
+WHAT is nothing (a summary), "all" (every table and plot), "standing" (won and lost), "fields" (the result file's layout).
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import schema
 from .harness import shape_of, shape_text
+from .scaling import AXES, THREADS, fits, gains
 from .schema import FIELDS, Row
+from .standing import standing, summary
+from .tables import (
+    Machine,
+    best_of,
+    cases,
+    counted,
+    markdown_table,
+    number,
+    ours_of,
+    percent,
+    ratio,
+    times,
+)
 
-_DEFAULTS_OF_OURS = ("vitfast", "vitfast fused")  # what a user gets without naming a backend or a policy
-_FULL_TABLES = ("model", "train", "memory")  # every provider has a line; of an op only ours and the best peer
+# every provider has a line; of an op only ours and the best peer
+_FULL_TABLES = ("model", "train", "memory", "accelerate", "accelerate_train")
 _MARKER = re.compile(r"(<!-- measured ?(\w*) -->\n).*?(<!-- /measured -->)", re.DOTALL)
-MIN_GROWTH = 3
-
-
-@dataclass(frozen=True)
-class Machine:
-    """The result files of one machine: their folder, their contents, all their rows."""
-
-    folder: Path
-    contents: tuple[dict[str, Any], ...]
-    rows: tuple[Row, ...]
+GROWTH_LEGEND = (
+    "The exponent of the size over the whole range (1: in proportion, 2: with the square), by least squares of the "
+    "logarithms; in brackets that between the two largest sizes, where fixed costs count least."
+)
 
 
 def machines(folder: str | Path) -> list[Machine]:
@@ -37,75 +44,43 @@ def machines(folder: str | Path) -> list[Machine]:
     found = []
     for path in sorted({file.parent for file in Path(folder).rglob("*.json")}):
         contents = tuple(schema.read(file) for file in sorted(path.glob("*.json")))
-        found.append(Machine(path, contents, tuple(row for c in contents for row in schema.rows_of(c))))
+        found.append(Machine(path, contents))
     if not found:
         raise ValueError(f"{folder} holds no result files (*.json)")
     return found
 
 
-def cases(rows: Iterable[Row]) -> list[list[Row]]:
-    """Rows of one case and direction together, in the order of the file."""
-    grouped: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        grouped.setdefault(row.case, []).append(row)
-    return list(grouped.values())
-
-
-def ours_of(case: Sequence[Row]) -> Row | None:
-    """The row of what a user gets by default; None where vitfast has no number."""
-    mine = [row for row in case if row.ours and row.ms is not None]
-    named = [row for row in mine if row.provider in _DEFAULTS_OF_OURS]
-    return next(iter(named or mine), None)
-
-
-def best_of(case: Sequence[Row]) -> Row | None:
-    peers = [row for row in case if not row.ours and row.ms is not None]
-    return min(peers, key=lambda row: row.ms or math.inf) if peers else None
-
-
-def number(x: float | None) -> str:
-    """Three digits that count; a dash for none."""
-    if x is None:
-        return "–"
-    if x == 0 or not math.isfinite(x):
-        return f"{x:g}"
-    digits = 2 - math.floor(math.log10(abs(x)))
-    return f"{x:,.{max(0, min(digits, 5))}f}"
-
-
-def times(row: Row | None) -> str:
-    return "–" if row is None else f"{number(row.ms)} ({number(row.ms_low)}–{number(row.ms_high)})"
-
-
-def percent(x: float | None) -> str:
-    return "–" if x is None else f"{x:.0%}"
-
-
-def ratio(row: Row | None) -> str:
-    if row is None or row.ratio is None:
-        return "–"
-    return f"{row.ratio:.2f} ({row.ratio_low:.2f}–{row.ratio_high:.2f})"
-
-
-def markdown_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rows = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    return "\n".join([*rows, *(f"| {' | '.join(line)} |" for line in lines)])
-
-
 def headline(content: dict[str, Any]) -> str:
-    """The machine, its rates, and what ran on it, as one paragraph."""
+    """The machine and its rates, what ran on it and when, as one paragraph."""
+    return f"{_machine_text(content)} {_versions(content)}. {_origin(content)}."
+
+
+def provenance(contents: Sequence[dict[str, Any]]) -> str:
+    """Of all files of one machine: its rates, as the first found them, the versions, and each file's command."""
+    lines = [_machine_text(contents[0]), *(f"{text}." for text in dict.fromkeys(map(_versions, contents)))]
+    return "\n\n".join([*lines, "\n".join(f"- {_origin(content)}" for content in contents)])
+
+
+def _machine_text(content: dict[str, Any]) -> str:
     machine = content["machine"]
-    threads = f", {machine['threads']} threads" if machine["kind"] == "cpu" else ""
+    threads = f", {counted(machine['threads'], 'thread')}" if machine["kind"] == "cpu" else ""
     rates = ", ".join(f"{dtype} {rate:.3g} TFLOP/s" for dtype, rate in machine["matrix_tflops"].items())
-    versions = " ".join(f"{name} {version}" for name, version in content["versions"].items())
-    commit = (content["commit"] or "no clone")[:10] + (" with local changes" if content["dirty"] else "")
-    load = "" if machine["load"] is None else f" Load before the run: {machine['load']:.2f}."
     driver = f" Driver {machine['driver']}." if machine["driver"] else ""
     return (
         f"{machine['name']}{threads}: copy {machine['copy_gb_per_s']:.0f} GB/s, {rates}, "
-        f"launch {machine['launch_us']:.1f} us.{driver}{load} {content['date'][:10]}, commit {commit}. {versions}. "
-        f"`{content['command']}`"
+        f"launch {machine['launch_us']:.1f} us.{driver}"
     )
+
+
+def _versions(content: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in content["versions"].items())
+
+
+def _origin(content: dict[str, Any]) -> str:
+    commit = (content["commit"] or "no clone")[:10] + (" with local changes" if content["dirty"] else "")
+    load = content["machine"]["load"]
+    before = "" if load is None else f", load before it {load:.2f}"
+    return f"`{content['command']}`: {content['date'][:16].replace('T', ' ')} UTC, commit {commit}{before}"
 
 
 def op_table(rows: Sequence[Row]) -> str:
@@ -155,40 +130,28 @@ def full_table(rows: Sequence[Row]) -> str:
     return markdown_table(head, lines)
 
 
-def growth(rows: Sequence[Row]) -> list[tuple[Row, str, int, int, float]]:
-    """(a row, the axis, from, to, exponent) of every provider timed at three sizes or more of one axis.
-
-    The exponent is the slope of log ms over log size by least squares: 1 where time grows in proportion.
-    """
-    series: dict[tuple[str, ...], list[tuple[int, Row]]] = {}
-    for row in rows:
-        if row.ms is None:
-            continue
-        shape = shape_of(row.shape)
-        for axis, size in shape.items():
-            if isinstance(size, int):
-                rest = shape_text({a: s for a, s in shape.items() if a != axis})
-                series.setdefault((row.op, axis, rest, row.dtype, row.direction, row.provider), []).append((size, row))
-    found = []
-    for (_, axis, *_), points in series.items():
-        sizes = [math.log(size) for size, _ in points if size > 0]
-        if len(set(sizes)) < MIN_GROWTH:
-            continue
-        logs = [math.log(row.ms or 1.0) for _, row in points]
-        mean_x, mean_y = sum(sizes) / len(sizes), sum(logs) / len(logs)
-        slope = sum((x - mean_x) * (y - mean_y) for x, y in zip(sizes, logs, strict=True))
-        slope /= sum((x - mean_x) ** 2 for x in sizes)
-        found.append((points[0][1], axis, min(s for s, _ in points), max(s for s, _ in points), slope))
-    return found
-
-
 def growth_table(rows: Sequence[Row]) -> str:
-    head = ("op", "dtype", "pass", "provider", "axis", "from", "to", "ms grows as")
-    lines = [
-        (row.op, row.dtype, row.direction, row.provider, axis, str(low), str(high), f"{axis}^{slope:.2f}")
-        for row, axis, low, high, slope in growth(rows)
-    ]
-    return markdown_table(head, lines) if lines else ""
+    """Exponents: a line for each series, the providers side by side."""
+    found = fits(rows)
+    names = list(dict.fromkeys(fit.row.provider for fit in sorted(found, key=lambda fit: not fit.row.ours)))
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    for fit in found:
+        what = (fit.quantity, fit.row.dtype, fit.row.direction, AXES.get(fit.axis, fit.axis), f"{fit.low}–{fit.high}")
+        lines.setdefault(what, {})[fit.row.provider] = f"{fit.exponent:.2f} ({fit.last:.2f})"
+    head = ("grows", "dtype", "pass", "with", "sizes", *names)
+    return markdown_table(head, ((*what, *(cells.get(n, "–") for n in names)) for what, cells in lines.items()))
+
+
+def threads_table(rows: Sequence[Row]) -> str:
+    head = ("case", "dtype", "pass", "provider", "1 thread, ms", "all, ms", "threads", "speed-up", "of ideal")
+    lines = []
+    for gain in gains(rows):
+        one = gain.one
+        case = one.op + " " + shape_text({a: s for a, s in shape_of(one.shape).items() if a != THREADS})
+        name = f"**{one.provider}**" if one.ours else one.provider
+        cells = (number(one.ms), number(gain.most.ms), str(gain.threads), f"{gain.speed_up:.2f}")
+        lines.append((case, one.dtype, one.direction, name, *cells, percent(gain.speed_up / gain.threads)))
+    return markdown_table(head, lines)
 
 
 def absent_lines(contents: Iterable[dict[str, Any]]) -> list[str]:
@@ -198,36 +161,34 @@ def absent_lines(contents: Iterable[dict[str, Any]]) -> list[str]:
 
 def everything(machine: Machine, plots: Sequence[str] = ()) -> str:
     """All tables of one machine; ``plots`` are links to pictures."""
-    parts = [f"### {machine.contents[0]['machine']['name']}", *dict.fromkeys(map(headline, machine.contents))]
+    by_stem = {Path(plot).stem: plot for plot in plots}
+
+    def pictures(*starts: str) -> list[str]:
+        found = [stem for stem in by_stem if stem.startswith(starts)]
+        return [f"![{stem.replace('-', ' ')}]({by_stem.pop(stem)})" for stem in found]
+
+    parts = [f"### {machine.name}", provenance(machine.contents)]
     for op in dict.fromkeys(row.op for row in machine.rows):
         rows = [row for row in machine.rows if row.op == op]
         parts += [f"#### {op}", full_table(rows) if op in _FULL_TABLES else op_table(rows)]
         failures = [r for r in rows if r.ms is None and r.note and r.op != "memory"]
-        parts += [f"- no number: {r.provider}, {r.shape} {r.dtype} {r.direction}: {r.note}" for r in failures]
-    if table := growth_table(machine.rows):
-        parts += ["#### Growth", table]
+        if failures:
+            listed = (f"- no number: {r.provider}, {r.shape} {r.dtype} {r.direction}: {r.note}" for r in failures)
+            parts.append("\n".join(listed))
+        parts += pictures(op) if op == "memory" else []
+    parts += pictures("floor", "roofline")
+    swept = [row for row in machine.every if row.ms is not None and THREADS not in shape_of(row.shape)]
+    grown = [op for op in dict.fromkeys(row.op for row in swept) if fits([row for row in swept if row.op == op])]
+    if grown:
+        parts += ["#### Growth", GROWTH_LEGEND]
+    for op in grown:
+        parts += [f"**{op}**", growth_table([row for row in swept if row.op == op]), *pictures(f"growth-{op}-")]
+    if gains(machine.every):
+        parts += ["#### Threads", threads_table(machine.every), *pictures("threads")]
     if lines := absent_lines(machine.contents):
         parts += ["#### Not in these tables", "\n".join(lines)]
-    parts += [f"![{Path(plot).stem.replace('_', ' ')}]({plot})" for plot in plots]
+    parts += pictures("")
     return "\n\n".join(parts)
-
-
-def summary(machine: Machine) -> str:
-    """Models, training steps and each op's first shape: ours beside the fastest peer."""
-    head = ("what", "case", "dtype", "pass", "vitfast, ms", "fastest peer", "its ms", "peer / vitfast")
-    lines, seen = [], set()
-    for case in sorted(cases(machine.rows), key=lambda case: case[0].op not in ("model", "train")):
-        mine, best = ours_of(case), best_of(case)
-        row = case[0]
-        once = (row.op, row.dtype, row.direction)
-        if mine is None or best is None or row.op == "overhead" or (row.op not in _FULL_TABLES and once in seen):
-            continue
-        seen.add(once)
-        cells = (number(mine.ms), best.provider, number(best.ms), ratio(mine))
-        lines.append((row.op, row.shape, row.dtype, row.direction, *cells))
-    first = machine.contents[0]
-    threads = f", {first['machine']['threads']} threads" if first["machine"]["kind"] == "cpu" else ""
-    return f"{first['machine']['name']}{threads}, {first['date'][:10]}:\n\n{markdown_table(head, lines)}"
 
 
 def fields_table() -> str:
@@ -251,18 +212,21 @@ def fill(document: str, folder: str | Path, links_from: str | Path) -> str:
     """
     found = machines(folder) if Path(folder).is_dir() and any(Path(folder).rglob("*.json")) else []
 
+    kinds: dict[str, Callable[[Machine], str]] = {
+        "": summary,
+        "all": lambda machine: everything(machine, _plot_links(machine.folder, Path(links_from))),
+        "standing": standing,
+    }
+
     def part(match: re.Match[str]) -> str:
         what = match[2]
         if what == "fields":
             text = fields_table()
-        elif what not in ("", "all"):
-            raise ValueError(f"<!-- measured {what} --> is not known; allowed: measured, measured all, measured fields")
-        elif not found:
-            text = "Not yet measured."
-        elif what == "all":
-            text = "\n\n".join(everything(m, _plot_links(m.folder, Path(links_from))) for m in found)
+        elif what not in kinds:
+            allowed = ", ".join(f"measured {kind}".strip() for kind in (*kinds, "fields"))
+            raise ValueError(f"<!-- measured {what} --> is not known; allowed: {allowed}")
         else:
-            text = "\n\n".join(summary(m) for m in found)
+            text = "\n\n".join(map(kinds[what], found)) or "Not yet measured."
         return f"{match[1]}\n{text}\n\n{match[3]}"
 
     filled, count = _MARKER.subn(part, document)

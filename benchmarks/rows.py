@@ -14,7 +14,7 @@ from . import options
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0; 3 if a provider broke the GPU (what was measured before is in the file, the provider's name on standard error)."""
+    """0; 3 if a provider broke the GPU (its name on standard error), 130 after Ctrl-C; the file has what was measured."""
     parser = argparse.ArgumentParser(prog="vitfast.benchmarks.rows", description=__doc__)
     parser.add_argument("suites", nargs="+", choices=options.SUITES)
     parser.add_argument("--out", type=Path, required=True)
@@ -22,12 +22,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", category=UserWarning)  # of libraries: they would break up the progress lines
     from .harness import DeviceLost
+    from .suites import Stopped
 
     try:
         options.run(tuple(args.suites), args, f"vitfast bench {' '.join(args.suites)}", args.out)
     except DeviceLost as lost:
         print(f"device lost: {lost}", file=sys.stderr)
         return 3
+    except Stopped:
+        return 130
     return 0
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from . import (
+    bench_accelerate,
     bench_attention,
     bench_layer_norm,
     bench_mlp,
@@ -63,6 +64,7 @@ SUITES = {
     "mlp": _suite(bench_mlp),
     "model": _suite(bench_model, long=("pytorch eager", "torchvision", "transformers")),
     "train": _suite(bench_train, _TRAIN_DTYPES, _LONG_TRAIN),
+    "accelerate": _suite(bench_accelerate, _TRAIN_DTYPES),
     "overhead": _suite(bench_overhead, {"cpu": ("float32",), "cuda": ("bfloat16",)}),
     "memory": Suite(bench_train, bench_train.MEMORY_OPS, bench_train.MEMORY_SHAPES, _TRAIN_DTYPES),
 }

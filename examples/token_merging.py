@@ -26,8 +26,8 @@ from vitfast.train.evaluate import evaluate
 from vitfast.train.loader import eval_batches
 
 MERGED = (0, 1, 2, 4, 6, 8, 12, 16)
-ROUNDS = 5
-TIMED_IMAGES = 256
+ROUNDS = 3
+TIMED_IMAGES = 64
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import functools
 import json
 import os
 import sys
@@ -156,7 +157,7 @@ def measure(unit: str, T: int, D: int, dtype: torch.dtype, on: str, arch: int, d
             if not close(made.fused(config), expected):
                 print(f"  wrong result, left out: {config}", flush=True)
                 continue
-            taken = microseconds(lambda config=config: made.fused(config), dry)
+            taken = microseconds(functools.partial(made.fused, config), dry)
         except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError):
             continue  # the tile does not fit the chip
         if taken < fastest:
@@ -212,8 +213,8 @@ def main(argv: list[str] | None = None) -> int:
     if not options.dry and not torch.cuda.is_available():
         print("make tune: PyTorch finds no CUDA GPU here, and there is nothing else to measure on", file=sys.stderr)
         return 2
-    on = "cpu" if options.dry else "cuda"
-    arch = device.device_properties(torch.device(on, 0 if on == "cuda" else None)).arch
+    on = "cpu" if options.dry else f"cuda:{torch.cuda.current_device()}"
+    arch = device.device_properties(torch.device(on)).arch
     arch = max(chip for chip in configs.CHIPS if chip <= max(arch, configs.CHIPS[0]))
     machine = "nothing: a dry run in the interpreter" if options.dry else torch.cuda.get_device_name()
     about = f"measured on {machine}, {datetime.date.today()}, torch {torch.__version__}, triton {triton.__version__}"

@@ -14,7 +14,7 @@ from torch import Tensor
 from vitfast.ops.dispatch import TABLE
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ("torch", "cpu", "triton", "cuda")
+BACKENDS = ("torch", "cpu", "triton", "cuda", "composite")
 
 
 @dataclass

@@ -7,6 +7,7 @@ import io
 import logging
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -586,6 +587,35 @@ def test_exports_with_a_dynamic_batch(name: str) -> None:
     for size in sizes:
         more = {key: torch.randn(size, *images.shape[1:])}
         assert error(run(graph, more), run(model, more)) <= 1e-5
+
+
+def test_ddp_and_fsdp(tmp_path: Path) -> None:
+    from torch import distributed
+    from torch.distributed.fsdp import fully_shard
+
+    original, model, inputs = pair(VIT)
+    wanted = step(original, inputs)
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        replicated = nn.parallel.DistributedDataParallel(copy.deepcopy(model))
+        with Calls() as calls:
+            ours = step(replicated, inputs)
+        assert calls["attention"] == 2
+        assert_same_step({name.removeprefix("module."): value for name, value in ours.items()}, wanted)
+
+        mesh = distributed.init_device_mesh("cpu", (1,))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        with Calls() as calls:
+            sharded = step(model, inputs)
+        assert calls["attention"] + calls["norm_mlp"] == 4
+        full = {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in sharded.items()}
+        assert_same_step(full, wanted)
+        with pytest.raises(ValueError, match=r"blocks.0 was wrapped as FSDPBlock after accelerate"):
+            vitfast.restore(model)
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_report_is_a_table_and_data() -> None:

@@ -15,6 +15,7 @@ ALLOWED = {
     "ops": {"kernels"},
     "layers": {"ops"},
     "models": {"layers", "ops"},
+    "dropin": {"models", "layers", "ops"},
     "train": {"models", "layers", "ops"},
     "cli": {"train", "models", "layers", "ops", "benchmarks"},
 }

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import torch._dynamo.testing
 from model_checks import assert_same, batch, flat, pair, rel, run, shake, small
 from torch import nn
 
@@ -645,14 +644,3 @@ def test_packed_and_masked_forwards_compile_to_one_graph(name):
     padding[1, 9:] = True
     masked = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert rel(masked(whole, key_padding_mask=padding), model(whole, key_padding_mask=padding)) <= 1e-6
-
-
-def test_no_recompilation_for_another_batch_size():
-    model = ours(DINO).eval()
-    images, _ = batch(model, 6)
-    torch.compiler.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
-    for size in (6, 3, 2):
-        assert rel(compiled(images[:size]), model(images[:size])) <= 1e-6
-    assert counter.frame_count == 1

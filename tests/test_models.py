@@ -56,7 +56,8 @@ def test_fp32_matches_timm(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TIMM_NAMES)
 def test_fp32_matches_timm_every_name(name):
-    assert_matches_timm(name, **small(name, heads=None))
+    heads = 8 if name == "vit_7b_patch16_dinov3" else None  # whole, two blocks of it and timm's with gradients are 6 GB
+    assert_matches_timm(name, **small(name, heads=heads))
 
 
 @pytest.mark.slow

@@ -12,6 +12,8 @@ from typing import Any
 from vitfast.benchmarks import options
 
 EXIT_WORSE = 1
+EXIT_WRONG = 3  # one of our own results
+EXIT_INTERRUPTED = 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,14 +49,41 @@ def run(args: argparse.Namespace) -> int:
     if args.against:
         return _against(args, names)
     command = "vitfast bench " + shlex.join(sys.argv[2:]) if len(sys.argv) > 2 else "vitfast bench"
-    path = None if args.out is None else args.out / f"{args.what or 'overview'}.json"
-    content = options.run(names, args, command, path)
+    path = None if args.out is None else args.out / _file_name(args.what, options.preset_of(names, args))
+    from vitfast.benchmarks.suites import Stopped
+
+    stopped = None
+    try:
+        content = options.run(names, args, command, path)
+    except Stopped as early:
+        stopped, content = early, early.content
     from vitfast.benchmarks.report import print_table
 
     print_table(content)
     if path is not None:
         _write_beside(path, content)
-    return 0 if baseline is None else _check(content, baseline)
+    if stopped is not None:
+        print(f"vitfast: interrupted; the tables have {stopped.done} of {stopped.total} cases", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    code = 0 if baseline is None else _check(content, baseline)
+    return EXIT_WRONG if _say_wrong(content) else code
+
+
+def _file_name(suite: str | None, preset: str) -> str:
+    """model.json, model-growth.json, overview.json, smoke.json: several runs fit in one folder."""
+    words = [] if suite is None else [suite]
+    if preset != "standard" or suite is None:
+        words.append(preset)
+    return "-".join(words) + ".json"
+
+
+def _say_wrong(content: dict[str, Any]) -> bool:
+    """Whether one of our own rows has no number because its result was wrong or it failed; each is printed."""
+    wrong = [row for row in content["rows"] if row["ours"] and row["note"].startswith(("wrong: ", "failed: "))]
+    for row in wrong:
+        place = " ".join(str(row[name]) for name in ("op", "shape", "dtype", "direction", "provider"))
+        print(f"vitfast: {place}: {row['note']}", file=sys.stderr)
+    return bool(wrong)
 
 
 def _write_beside(path: Path, content: dict[str, Any]) -> None:
@@ -76,7 +105,7 @@ def _folder_report(folder: Path) -> list[Path]:
     try:
         from vitfast.benchmarks import plots
 
-        written += plots.draw(machine.rows, machine.contents[0]["machine"], folder)
+        written += plots.draw(machine)
     except ImportError as error:
         print(f"no plots: {error} (pip install matplotlib)", file=sys.stderr)
     links = [plot.name for plot in written]

@@ -88,7 +88,10 @@ def why_not_call(name: str, module: nn.Module | None, *kinds: type) -> str | Non
     """Why the fused path may not stand in for calling ``module``: another class than ``kinds``, a hook, an own forward."""
     if module is None or type(module) not in kinds:
         return f"{name} is {'missing' if module is None else kind_name(type(module))}"
-    return why_hooked(name, module)
+    # spelled out, since this runs some twenty times for each block and call
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return f"{name} has hooks"
+    return f"{name}.forward was replaced" if "forward" in module.__dict__ else None
 
 
 def why_hooked(name: str, module: nn.Module) -> str | None:
@@ -117,7 +120,7 @@ def is_plain(tensor: Tensor | None) -> bool:
 
 def transforms_active() -> bool:
     """torch.func transforms, forward-mode differentiation or hooks on every module: for the original code."""
-    return (
+    return bool(
         torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch.nn.modules.module._has_any_global_hook()
@@ -182,9 +185,11 @@ def why_not_identity(name: str, module: nn.Module | None) -> str | None:
 
 def why_dropout(name: str, module: nn.Module | None, mode: Mode) -> str | None:
     """A dropout that drops in ``mode``, or is something else than a dropout."""
-    if module is None or type(module) is nn.Identity:
-        return why_not_identity(name, module)
-    reason = why_not_call(name, module, nn.Dropout)
+    if module is None:
+        return None
+    reason = why_not_call(name, module, nn.Dropout, nn.Identity)
+    if type(module) is nn.Identity:
+        return reason
     if reason is None and module.p > 0.0 and is_training(module, mode):  # type: ignore[operator]
         return f"{name} drops with p={module.p} in training"
     return reason

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from .library import extension_status
+from .library import COMPOSITE, extension_status
 
 # Triton with every product on one path, whatever the table of configurations says: for benchmarks and tests.
 FORCED = ("triton_library", "triton_fused")
-NAMES = ("auto", "cpu", "triton", "cuda", "torch", *FORCED)
+NAMES = ("auto", "cpu", "triton", "cuda", "torch", COMPOSITE, *FORCED)
+CUDA_WIDEST = 8192  # kMaxWidth in csrc/cuda/team_index.h
 TABLE: dict[str, Sequence[Backend]] = {}  # op -> its backends, filled by each op's module
 
 
@@ -76,6 +77,17 @@ def choose(
     raise RuntimeError(f"{op}: backend {wanted!r} cannot run on {device} tensors of {x.dtype}. {reasons}")
 
 
+def too_wide(x: torch.Tensor) -> Callable[[str], str | None]:
+    """``why_not`` for ``choose`` in ops that normalise or add whole rows of x [..., D]."""
+
+    def why_not(name: str) -> str | None:
+        if name == "cuda" and x.shape[-1] > CUDA_WIDEST:
+            return f"rows of {x.shape[-1]}: its LayerNorm kernels keep a row on chip, at most {CUDA_WIDEST} wide"
+        return None
+
+    return why_not
+
+
 def backends() -> list[dict[str, Any]]:
     """Every op with every backend on this machine: ``{"op", "backend", "available", "reason"}``, reason None if available."""
     rows = []
@@ -87,12 +99,18 @@ def backends() -> list[dict[str, Any]]:
 
 
 def standard_backends(*names: str) -> tuple[Backend, ...]:
-    """The table rows of the named backends, with the reasons that hold for every op."""
-    return tuple(_STANDARD[name] for name in names)
+    """The table rows of the named backends, with the reasons that hold for every op, and of the one that every op has."""
+    return tuple(_STANDARD[name] for name in (*names, COMPOSITE))
 
 
 def _torch_kernels() -> Any:
     from .plain import KERNELS
+
+    return KERNELS
+
+
+def _composite_kernels() -> Any:
+    from .composite import KERNELS
 
     return KERNELS
 
@@ -110,6 +128,10 @@ def _raw_kernels(kind: str) -> Any:
 
 def _never(device: str | None, dtypes: Sequence[torch.dtype], named: bool) -> str | None:
     return None
+
+
+def _why_not_composite(device: str | None, dtypes: Sequence[torch.dtype], named: bool) -> str | None:
+    return None if named or device is None else "keeps more for backward than the ops do: it runs only when named"
 
 
 def _why_not_cpu(device: str | None, dtypes: Sequence[torch.dtype], named: bool) -> str | None:
@@ -167,5 +189,6 @@ _STANDARD = {
     "triton": Backend("triton", functools.partial(_raw_kernels, "triton"), _why_not_triton),
     "cuda": Backend("cuda", functools.partial(_raw_kernels, "cuda"), _why_not_cuda),
     "torch": Backend("torch", _torch_kernels, _never),
+    COMPOSITE: Backend(COMPOSITE, _composite_kernels, _why_not_composite),
     **{name: Backend(name, functools.partial(_raw_kernels, name), _why_not_forced) for name in FORCED},
 }

@@ -49,7 +49,7 @@ class BlockHalves:
         )
         qkv = self.linear(normed, qkv_weight_CD, qkv_bias_C).view(B, L, 3, heads, E)
         out, _ = self.attention_forward(qkv, scale, None, None, L, None, _PLAIN_HEADS)
-        total = self.linear_residual(x_TD, out.view(B * L, heads * E), proj_weight, proj_bias_D, proj_scale_D, None)
+        total = self.linear_residual(x_TD, out.reshape(B * L, heads * E), proj_weight, proj_bias_D, proj_scale_D, None)
         return total.view(x_BLD.shape)
 
     def norm_mlp(

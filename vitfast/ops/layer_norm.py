@@ -12,7 +12,7 @@ from torch.nn.functional import layer_norm as torch_layer_norm
 
 from .arguments import check_drop_path, check_shape, fake_gradients, fake_statistics, gradients, nothing, rows
 from .compose import add_branch_ref
-from .dispatch import TABLE, choose, standard_backends
+from .dispatch import TABLE, choose, standard_backends, too_wide
 from .library import register
 
 TABLE["layer_norm"] = standard_backends("cpu", "triton", "cuda", "torch")
@@ -49,7 +49,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, ...]:
     dtype = x.dtype if branch is None else branch.dtype
-    kernels = choose("layer_norm", x, backend, dtype)
+    kernels = choose("layer_norm", x, backend, dtype, why_not=too_wide(x))
     total, normed, mean, rstd = kernels.layer_norm_forward(
         rows(x), None if branch is None else rows(branch), scale, drop_path, weight, bias, eps, dtype
     )
@@ -75,7 +75,7 @@ def _backward(
     drop_path: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    kernels = choose("layer_norm", total, backend, d_normed.dtype)
+    kernels = choose("layer_norm", total, backend, d_normed.dtype, why_not=too_wide(total))
     d_x, d_branch, d_scale, d_weight, d_bias = kernels.layer_norm_backward(
         rows(d_normed),
         None if d_total is None else rows(d_total),

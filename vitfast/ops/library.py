@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
+COMPOSITE = "composite"  # the backend of ordinary PyTorch functions: composite.py
 _ORDINARY = (torch.Tensor, torch.nn.Parameter)
 LIBRARY = torch.library.Library("vitfast", "DEF")
 
@@ -27,10 +29,13 @@ def register(
     """Define one op from its schema and return how to call it.
 
     Without gradients, ordinary tensors and with nothing that watches PyTorch's dispatcher, the call is ``run`` itself: the
-    way through the dispatcher to Python takes longer than some kernels.
+    way through the dispatcher to Python takes longer than some kernels. Inside a ``torch.func`` transform, under forward-mode
+    differentiation and in ONNX export, which know nothing of our ops, the call is ``run`` with the backend "composite":
+    PyTorch's own functions.
 
     Args:
-        schema: ``"name(Tensor x, ...) -> Tensor"``.
+        schema: ``"name(Tensor x, ..., str backend) -> Tensor"``; the last argument is the backend. A gradient's name ends
+            with "_backward".
         run: the implementation for every device (it picks the backend).
         fake: the same with shapes only; allocates with ``x.new_empty(shape)``.
         backward, setup_context: as for ``torch.library.register_autograd``. Without them the op has no derivative, and
@@ -46,9 +51,14 @@ def register(
     op = getattr(torch.ops.vitfast, name).default
 
     def call(*args: Any) -> Any:
+        if args[-1] == COMPOSITE or _unwatched(args):
+            return run(*args)
+        return run(*args[:-1], COMPOSITE) if _sees_only_pytorch() else op(*args)
+
+    def call_gradient(*args: Any) -> Any:
         return run(*args) if _unwatched(args) else op(*args)
 
-    return call
+    return call_gradient if name.endswith("_backward") else call
 
 
 def _unwatched(args: tuple[Any, ...]) -> bool:
@@ -62,9 +72,18 @@ def _unwatched(args: tuple[Any, ...]) -> bool:
     return all(type(a) in _ORDINARY for a in args if isinstance(a, torch.Tensor))
 
 
+def _sees_only_pytorch() -> bool:
+    """Whether somebody looks on who can do nothing with an op that is not PyTorch's."""
+    return (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.onnx.is_in_onnx_export()
+    )
+
+
 def _no_second_derivative(name: str) -> Callable[..., Any]:
     def backward(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError(f"vitfast::{name} is itself a gradient; second derivatives are not implemented")
+        raise NotImplementedError(
+            f"vitfast::{name} is itself a gradient: second derivatives need backend={COMPOSITE!r}, or nested torch.func.grad"
+        )
 
     return backward
 

@@ -23,7 +23,7 @@ from .arguments import (
     wanted_only,
 )
 from .compose import add_branch_ref, branch_grads, project_weight_grads
-from .dispatch import FORCED, TABLE, choose, standard_backends
+from .dispatch import FORCED, TABLE, choose, standard_backends, too_wide
 from .library import register
 
 TABLE["linear_residual"] = standard_backends("cpu", "triton", "cuda", "torch", *FORCED)
@@ -52,7 +52,7 @@ def _forward(
     dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
-    kernels = choose("linear_residual", residual, backend, dtype)
+    kernels = choose("linear_residual", residual, backend, dtype, why_not=too_wide(residual))
     total = kernels.linear_residual(
         rows(residual), rows(x, dtype), weight.to(dtype), cast(bias, dtype), scale, drop_path
     )
@@ -74,7 +74,7 @@ def _backward(
     wanted: list[bool],
     backend: str,
 ) -> tuple[Tensor, ...]:
-    kernels = choose("linear_residual", d_out, backend, dtype)
+    kernels = choose("linear_residual", d_out, backend, dtype, why_not=too_wide(d_out))
     weight_OI = weight.to(dtype)
     dropped, branch = branch_grads(rows(d_out), scale, drop_path, dtype)
     d_x = kernels.input_grad(branch, weight_OI) if wanted[0] else None

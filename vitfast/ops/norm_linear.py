@@ -26,7 +26,7 @@ from .arguments import (
     wanted_only,
 )
 from .compose import column_sum
-from .dispatch import FORCED, TABLE, choose, standard_backends
+from .dispatch import FORCED, TABLE, choose, standard_backends, too_wide
 from .library import register
 
 TABLE["norm_linear"] = standard_backends("cpu", "triton", "cuda", "torch", *FORCED)
@@ -51,7 +51,7 @@ def _forward(
     policy: str,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    kernels = choose("norm_linear", x, backend, dtype)
+    kernels = choose("norm_linear", x, backend, dtype, why_not=too_wide(x))
     _, normed, mean, rstd = kernels.layer_norm_forward(rows(x), None, None, None, norm_weight, norm_bias, eps, dtype)
     out = kernels.linear(normed, weight.to(dtype), cast(bias, dtype))
     return out.view(*x.shape[:-1], weight.shape[0]), mean, rstd, normed if policy == "none" else nothing(normed)
@@ -80,7 +80,7 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, ...]:
     dtype, d_TO, x_TD = d_out.dtype, rows(d_out), rows(x)
-    kernels = choose("norm_linear", x, backend, dtype)
+    kernels = choose("norm_linear", x, backend, dtype, why_not=too_wide(x))
     want_x, want_norm_weight, want_norm_bias, want_weight, want_bias = wanted
     if want_weight and normed.numel() == 0:
         normed = kernels.layer_norm_apply(x_TD, mean, rstd, norm_weight, norm_bias, dtype)

@@ -34,7 +34,7 @@ from .compose import (
     hidden_grads,
     project_weight_grads,
 )
-from .dispatch import FORCED, TABLE, choose, standard_backends
+from .dispatch import FORCED, TABLE, choose, standard_backends, too_wide
 from .library import register
 
 TABLE["norm_mlp"] = standard_backends("cpu", "triton", "cuda", "torch", *FORCED)
@@ -77,7 +77,7 @@ def _forward(
     policy: str,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    kernels = choose("norm_mlp", x, backend, dtype)
+    kernels = choose("norm_mlp", x, backend, dtype, why_not=too_wide(x))
     x_TD = rows(x)
     fc1, fc2 = (fc1_weight.to(dtype), cast(fc1_bias, dtype)), (fc2_weight.to(dtype), cast(fc2_bias, dtype))
     if policy == "inference" and drop_path is None:
@@ -141,7 +141,7 @@ def _backward(
     wanted: list[bool],
     backend: str,
 ) -> tuple[Tensor, ...]:
-    kernels = choose("norm_mlp", x, backend, dtype)
+    kernels = choose("norm_mlp", x, backend, dtype, why_not=too_wide(x))
     x_TD, d_TD = rows(x), rows(d_out)
     fc1_HD, fc2_DF = fc1_weight.to(dtype), fc2_weight.to(dtype)
     if normed.numel() == 0:

@@ -16,7 +16,7 @@ from torch.nn import functional as nn_functional
 from .arguments import check_shape, fake_gradients, gradients, product_dtype, wanted_only
 from .compose import column_sum
 from .dispatch import TABLE, choose, standard_backends
-from .library import register
+from .library import COMPOSITE, register
 
 TABLE["patch_embed"] = standard_backends("cpu", "triton", "cuda", "torch")
 
@@ -54,9 +54,12 @@ def _constants(scale: tuple[float, ...], shift: tuple[float, ...], device: torch
         return torch.tensor(scale, device=device), torch.tensor(shift, device=device)
 
 
-def _pixel_constants(scale: Sequence[float], shift: Sequence[float], like: Tensor, dtype: torch.dtype) -> Any:
-    if dtype == torch.float64:
-        return like.new_tensor(scale, dtype=dtype), like.new_tensor(shift, dtype=dtype)
+def _pixel_constants(
+    scale: Sequence[float], shift: Sequence[float], like: Tensor, dtype: torch.dtype, backend: str
+) -> Any:
+    if dtype == torch.float64 or backend == COMPOSITE:  # a tracer's or a transform's constants must not outlive it
+        kind = torch.float64 if dtype == torch.float64 else torch.float32
+        return torch.tensor(scale, dtype=kind, device=like.device), torch.tensor(shift, dtype=kind, device=like.device)
     return _constants(tuple(scale), tuple(shift), like.device)
 
 
@@ -73,7 +76,7 @@ def _forward(
     backend: str,
 ) -> Tensor:
     kernels = choose("patch_embed", weight, backend, dtype, out_dtype)
-    constants = _pixel_constants(scale, shift, images, dtype)
+    constants = _pixel_constants(scale, shift, images, dtype, backend)
     B, _, height, width = images.shape
     P = weight.shape[-1]
     patches = kernels.patchify(images, P, *constants, dtype)
@@ -104,7 +107,7 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     kernels = choose("patch_embed", weight, backend, dtype, d_tokens.dtype)
     P, R, D = weight.shape[-1], 0 if prefix is None else prefix.shape[0], weight.shape[0]
-    constants = _pixel_constants(scale, shift, images, dtype)
+    constants = _pixel_constants(scale, shift, images, dtype, backend)
     d_projected = d_tokens[:, R:].reshape(-1, D).to(dtype)
     d_images = d_weight = None
     if wanted[0]:

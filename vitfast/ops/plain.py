@@ -289,11 +289,11 @@ def int8_linear(
     return y.to(dtype) if residual_TO is None else scale_add(residual_TO, y, scale_O, None)
 
 
-class _PlainKernels(LibraryProducts, BlockHalves):
+class PlainKernels(LibraryProducts, BlockHalves):
     """The functions above and the library's products as one object, as the ops call a backend's primitives."""
 
     def __getattr__(self, name: str) -> Any:
         return globals()[name]
 
 
-KERNELS = _PlainKernels()
+KERNELS = PlainKernels()
