@@ -1,5 +1,6 @@
 """The ops: one file each, with its reference, schema, backends, gradient and public function."""
 
+from . import weight_cache
 from .attention import attention
 from .dispatch import backends
 from .heads import HeadNorm, Rope
@@ -30,4 +31,5 @@ __all__ = [
     "norm_linear",
     "norm_mlp",
     "patch_embed",
+    "weight_cache",
 ]
