@@ -246,13 +246,8 @@ def _telling(pairs: list[tuple[Row, Row | None]]) -> list[tuple[Row, Row | None]
 def roofline(rows: Sequence[Row], machine: dict[str, Any]) -> Any:
     """Rate reached against flops per byte, ours and the fastest peer, under the machine's roofs."""
     shown = [row for case in cases(rows) for row in (ours_of(case), best_of(case)) if row is not None]
-    shown = [
-        row
-        for row in shown
-        if row.op not in ("overhead", "memory", "train", "model", "accelerate", "accelerate_train")
-        and row.bytes
-        and row.flops
-    ]
+    shown = [row for row in shown if "model" not in shape_of(row.shape) and row.op != "overhead"]
+    shown = [row for row in shown if row.bytes and row.flops]
     if not shown:
         return None
     figure, axis = plt.subplots(figsize=(8.5, 5.6), layout="constrained")

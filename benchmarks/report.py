@@ -30,8 +30,8 @@ from .tables import (
     times,
 )
 
-# every provider has a line; of an op only ours and the best peer
-_FULL_TABLES = ("model", "train", "memory", "accelerate", "accelerate_train")
+# Every provider has a line; of other ops only ours and the best peer.
+_FULL_TABLES = ("model", "train", "memory", "accelerate", "accelerate_train", "int8")
 _MARKER = re.compile(r"(<!-- measured ?(\w*) -->\n).*?(<!-- /measured -->)", re.DOTALL)
 GROWTH_LEGEND = (
     "The exponent of the size over the whole range (1: in proportion, 2: with the square), by least squares of the "

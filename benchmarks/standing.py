@@ -11,9 +11,10 @@ from .tables import Machine, best_of, cases, counted, markdown_table, number, ou
 
 _HEADLINES = {
     "model": "inference",
-    "accelerate": "accelerated model",
     "int8": "int8 inference",
+    "accelerate": "after `accelerate`",
     "train": "training step",
+    "accelerate_train": "training step after `accelerate`",
 }
 _PRECISION = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "autocast": "bf16 autocast"}
 _NO_CONTEST = ("overhead", "memory")  # of another kind than the rest: not counted as won or lost
@@ -22,14 +23,14 @@ _POLICIES = ("vitfast fused", "vitfast mlp", "vitfast block")
 
 def summary(machine: Machine) -> str:
     """Whole models beside timm and the fastest peer, and the memory kept for the backward pass; for the README."""
-    head = ("", "case", "vitfast, ms", "timm, ms", "fastest peer, ms", "peer / vitfast (20–80 %)")
+    head = ("", "case", "vitfast, ms", "timm or the original, ms", "fastest peer, ms", "peer / vitfast (20–80 %)")
     lines = []
     for op, what in _HEADLINES.items():
         for case in cases([row for row in machine.rows if row.op == op]):
             mine, best = ours_of(case), best_of(case)
             if mine is None or best is None:
                 continue
-            timm = next((row for row in case if row.provider == "timm"), None)
+            timm = next((row for row in case if row.provider in ("timm", "original")), None)
             peer = f"{best.provider} {number(best.ms)}"
             cells = (number(mine.ms), number(timm.ms if timm else None), peer, ratio(mine))
             lines.append((what, case_text(mine), *cells))

@@ -130,7 +130,8 @@ def _key(preset: str, device: str) -> str:
 def product_of(entries: Sequence[str], name: str, suite: Suite) -> list[dict[str, int | str]]:
     """["B=1,2", "L=64"] -> [{"B": 1, "L": 64}, {"B": 2, "L": 64}]."""
     axes: dict[str, list[int | str]] = {}
-    known = suite.module.DEFAULTS | getattr(suite.module, "OPTIONAL", {}) | {"T": 1}  # T: threads, of every suite
+    known = suite.module.DEFAULTS | suite.shapes["dry"][0] | getattr(suite.module, "OPTIONAL", {})
+    known |= suite.module.DEFAULTS | {"T": 1}  # T: threads, of every suite
     for entry in entries:
         axis, equals, sizes = entry.partition("=")
         if not equals or axis not in known:
