@@ -24,6 +24,7 @@ from vitfast.dropin.parts import (
     keeps_dtype,
     transforms_active,
 )
+from vitfast.ops.arguments import autocast_dtype
 
 _OPTIONS = "_vitfast"
 
@@ -145,7 +146,7 @@ def norm_fits(module: Any, x: Any) -> bool:
         and is_plain(module.bias)
         and x.device == module.weight.device
         and isinstance(norm_parts(module, type(module)), Norm)
-        and (not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float32)
+        and (autocast_dtype(x) is None or x.dtype == torch.float32)
         and not transforms_active()
     )
 
@@ -177,7 +178,7 @@ class Conv2d(Fast, nn.Conv2d):
             and input.shape[3] % patch == 0
             and input.is_floating_point()
             and input.device == self.weight.device
-            and (input.dtype == self.weight.dtype or torch.is_autocast_enabled(input.device.type))
+            and (input.dtype == self.weight.dtype or autocast_dtype(input) is not None)
             and not transforms_active()
         ):
             grid = (input.shape[2] // patch, input.shape[3] // patch)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from vitfast import ops
-from vitfast.dropin.parts import AttentionHalf, Draw, Linear, MlpHalf, Norm, branch_dtype, product_dtype
+from vitfast.dropin.parts import AttentionHalf, Draw, Linear, MlpHalf, Norm, branch_dtype
+from vitfast.ops.arguments import product_dtype
 from vitfast.ops.compose import activation_ref
 
 

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from vitfast.ops import HeadNorm
-from vitfast.ops.arguments import ACTIVATIONS
+from vitfast.ops.arguments import ACTIVATIONS, autocast_dtype, product_dtype
 
 # When the question is asked for: "now" as the modules' own training flags say, or for a mode that may come.
 Mode = Literal["now", "eval", "train"]
@@ -136,24 +136,15 @@ def keeps_dtype(x: Tensor, weight: Tensor, gamma: Tensor | None) -> bool:
     """Whether x + gamma * linear(x) has x's dtype in the original, as it has in our ops, and runs there at all."""
     if x.device != weight.device:
         return False
-    if torch.is_autocast_enabled(x.device.type):
-        branch = torch.get_autocast_dtype(x.device.type)
-    elif x.dtype != weight.dtype:
+    if autocast_dtype(x) is None and x.dtype != weight.dtype:
         return False
-    else:
-        branch = weight.dtype
+    branch = product_dtype(x, weight)
     return torch.promote_types(x.dtype, branch_dtype(branch, gamma)) == x.dtype
 
 
 def branch_dtype(product: torch.dtype, gamma: Tensor | None) -> torch.dtype:
     """The dtype of gamma * branch."""
     return product if gamma is None else torch.promote_types(product, gamma.dtype)
-
-
-def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype of linear(x)."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
 def layer_norm(name: str, module: nn.Module | None, *kinds: type) -> Norm | str:

@@ -14,12 +14,15 @@ POINTWISE = ("gelu", "gelu_tanh", "quick_gelu")  # as wide as what they are appl
 ACTIVATIONS = (*POINTWISE, "swiglu")  # "swiglu" halves the width: silu(first half) * second half
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Autocast's dtype where it is on for the device of ``x``; the meta device, which it does not know, has none."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
+
+
 def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """The dtype of a matrix product with ``weight``: autocast's, else the weight's own."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return weight.dtype
+    return autocast_dtype(x) or weight.dtype
 
 
 def check_policy(recompute: str, *tensors: Tensor | None) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import fake_gradients, gradients, statistics_dtype, wanted_only
+from .arguments import autocast_dtype, fake_gradients, gradients, statistics_dtype, wanted_only
 from .attention_arguments import check_attention, dense_bias
 from .dispatch import TABLE, choose, standard_backends
 from .heads import HEADS_SCHEMA, HeadNorm, Heads, Rope
@@ -210,8 +210,7 @@ def attention(
     if isinstance(rope, tuple):
         rope = Rope(*rope)
     check_attention(qkv, bias, rope, {"q_norm": q_norm, "k_norm": k_norm}, key_padding_mask, cu_seqlens, max_seqlen)
-    if torch.is_autocast_enabled(qkv.device.type):
-        qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))
+    qkv = qkv.to(autocast_dtype(qkv) or qkv.dtype)
     if bias is not None:
         bias = dense_bias(bias, qkv)
     length = qkv.shape[1] if max_seqlen is None else max_seqlen
