@@ -15,7 +15,7 @@ from vitfast.dropin.parts import kind_name
 from vitfast.dropin.report import AccelerateReport, ReportRow
 from vitfast.models.vit import VisionTransformer
 from vitfast.ops import backends
-from vitfast.ops.dispatch import check_backend_name
+from vitfast.ops.dispatch import FORCED, check_backend_name
 
 RECOMPUTE = ("none", "fused", "mlp", "block")
 # The ops that replaced modules call; a named backend must be there for each.
@@ -35,7 +35,8 @@ def accelerate(model: M, *, backend: str = "auto", recompute: str = "fused") -> 
 
     Args:
         model: any ``nn.Module``; see docs/accelerate.md for the families.
-        backend: for every op: "auto", "cpu", "triton", "cuda" or "torch".
+        backend: for every op: "auto", "cpu", "triton", "torch", or "composite" (PyTorch's own functions, with derivatives of
+            any order).
         recompute: what backward computes again: "none", "fused" (LayerNorm and activation outputs), "mlp" (also the first
             MLP product) or "block" (keep block inputs only).
 
@@ -135,7 +136,7 @@ def _check(model: Any, backend: str, recompute: str) -> Options:
     if backend != "auto":
         rows = {(row["op"], row["backend"]): row for row in backends()}
         for op in _OPS:
-            row = rows.get((op, backend))
+            row = rows.get((op, backend)) or rows.get((op, "triton" if backend in FORCED else ""))
             if row is None or not row["available"]:
                 raise RuntimeError(
                     f"backend {backend!r} cannot run {op}: {row['reason'] if row else 'it has no such kernel'}"

@@ -130,7 +130,7 @@ def _qkv(x_BLD: Tensor, half: AttentionHalf, options: Options) -> Tensor:
     heads = (half.heads, -1)
     if _keep_apart(x_BLD, half):
         normed = ops.layer_norm(x_BLD, *half.norm, backend=options.backend)
-        parts = [ops.linear(normed, layer.weight, layer.bias) for layer in half.qkv]
+        parts = [ops.linear(normed, layer.weight, layer.bias, backend=options.backend) for layer in half.qkv]
         return torch.stack([part.unflatten(-1, heads) for part in parts], 2)
     return _norm_linear(x_BLD, half.norm, _joined(half.qkv), options).unflatten(-1, (3, *heads))
 
