@@ -147,6 +147,7 @@ def test_batched_gradients_outside_a_transform() -> None:
     x = torch.randn(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     weight, bias = torch.rand(6, dtype=torch.float64), torch.rand(6, dtype=torch.float64)
     found = [
-        torch.autograd.functional.jacobian(lambda x: ops.layer_norm(x, weight, bias), x, vectorize=v) for v in (True, False)
+        torch.autograd.functional.jacobian(lambda x: ops.layer_norm(x, weight, bias), x, vectorize=v)
+        for v in (True, False)
     ]
     torch.testing.assert_close(*found)

@@ -75,9 +75,7 @@ def _unwatched(args: tuple[Any, ...]) -> bool:
 def _sees_only_pytorch() -> bool:
     """Whether somebody looks on who can do nothing with an op that is not PyTorch's."""
     return (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch.onnx.is_in_onnx_export()
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.onnx.is_in_onnx_export()
     )
 
 
