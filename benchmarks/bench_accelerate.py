@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitfast.dropin.api import accelerate, report
-from vitfast.verify import Report, verify
+from vitfast.verification import Report, verify
 
 from .architectures import NAMES, build
 from .harness import TORCH_DTYPE, Case, Provider, Work

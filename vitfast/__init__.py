@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vitfast.models.registry import create_model, list_models
     from vitfast.models.weights import load_pretrained
     from vitfast.ops import backends, extension_status
-    from vitfast.verify import verify
+    from vitfast.verification import verify
 
 _HOMES = {
     "accelerate": "dropin.api",
@@ -28,7 +28,7 @@ _HOMES = {
     "load_pretrained": "models.weights",
     "report": "dropin.api",
     "restore": "dropin.api",
-    "verify": "verify",
+    "verify": "verification",
 }
 __all__ = [
     "__version__",

@@ -91,18 +91,16 @@ class Attention(nn.Module):
     def attend_first(self, q_B1D: Tensor, kv_BLC: Tensor, tokens: Tokens) -> Tensor:
         """What the first token (one that does not rotate) gets from all: its query and all keys and values, to [B, 1, D].
 
-        In fp32 and plain PyTorch: it is a 1 / L of an attention.
+        In plain PyTorch, as it is a 1 / L of an attention, and elementwise, which autocast leaves in fp32.
         """
-        q = q_B1D.unflatten(-1, (1, self.num_heads, self.head_dim)).squeeze(-3)  # [B, 1, H, E]
+        q = q_B1D.unflatten(-1, (self.num_heads, self.head_dim))  # [B, 1, H, E]
         k, v = kv_BLC.unflatten(-1, (2, self.num_heads, self.head_dim)).unbind(-3)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         if tokens.rope is not None:
             k = tokens.rope.rotate(k)
         wide = torch.float64 if v.dtype == torch.float64 else torch.float32
-        with torch.autocast(v.device.type, enabled=False):
-            q, k, w = (x.to(wide).transpose(1, 2) for x in (q, k, v))  # [B, H, 1 or L, E]
-            weights = (q @ k.transpose(-2, -1) * self.head_dim**-0.5).softmax(-1)
-            return (weights @ w).transpose(1, 2).flatten(2).to(v.dtype)
+        weights_BLH = ((q.to(wide) * k.to(wide)).sum(-1) * self.head_dim**-0.5).softmax(1)
+        return (weights_BLH.unsqueeze(-1) * v.to(wide)).sum(1, keepdim=True).flatten(2).to(v.dtype)
 
     def heads(self, qkv: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v [..., L, H, E] out of qkv [..., L, 3, H, E], q and k normalised and rotated, in plain PyTorch."""
