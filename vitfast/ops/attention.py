@@ -9,7 +9,6 @@ import math
 from importlib import import_module
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .arguments import autocast_dtype, fake_gradients, gradients, statistics_dtype, wanted_only
