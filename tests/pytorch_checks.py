@@ -29,9 +29,11 @@ class Logits(nn.Module):
 
 
 def pair(kind: str = "ours") -> tuple[Any, Any]:
-    """(the model on our ops, the same in plain PyTorch), both in eval mode and fp32."""
+    """(the model on our ops, the same in plain PyTorch), both in eval mode and fp32; the same weights in every process."""
     if kind == "ours":
-        plain, model = model_checks.pair(_OURS, **model_checks.small(_OURS))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            plain, model = model_checks.pair(_OURS, **model_checks.small(_OURS))
         return model.eval(), plain.eval()
     plain, model, _ = accelerate_checks.pair(_ACCELERATED[kind])
     return (Logits(model), Logits(plain)) if kind == "transformers" else (model, plain)

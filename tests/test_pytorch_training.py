@@ -102,6 +102,8 @@ def one_of_two(rank: int, kind: str, strategy: str, folder: str) -> None:
         assert all(isinstance(p, dist.tensor.DTensor) for p in model.parameters())
     losses = torch.tensor(train(model, call, slice(4 * rank, 4 * rank + 4)))
     dist.all_reduce(losses)
+    if strategy == "fsdp2":
+        model.reshard()  # the root keeps its own parameters whole after a forward pass
     found = {n: p.full_tensor() if strategy == "fsdp2" else p for n, p in model.named_parameters()}
     if rank == 0:
         torch.save((losses / 2, {n: p.detach() for n, p in found.items()}), f"{folder}/result.pt")
