@@ -153,8 +153,9 @@ def attention_forward_config(
         limit = 208 if head_dim <= 96 else 128 if head_dim <= 128 else 0
     else:
         limit = 128 if head_dim <= 64 else 0
-    if biased and (arch >= 100 or prepared):
-        # logits come out of tensor memory in a layout that takes more registers for the bias; Hopper's 208 leave none over
+    if biased and (arch >= 100 or prepared or head_dim > 80):
+        # logits come out of tensor memory in a layout that takes more registers for the bias; Hopper's 208 leave none over,
+        # and heads of 88 spilled 16 bytes beside one (Triton 3.6)
         limit = min(limit, 128)
     if sum(chunks) <= limit:
         return AttentionConfig(queries=64, keys=0, chunks=chunks, warps=4)
@@ -196,9 +197,9 @@ def attention_backward_config(
         if precision == "ieee":
             # 32 rows of their own spill already at head dim 64
             return looped(16, 16, 4 if arch >= 90 or biased or prepared else 2)
-        if head_dim <= 64:
+        if head_dim <= 64 and not prepared:
             return looped(64, 32, 8 if head_dim > 32 else 4)
-        return looped(16, 16, 8)
+        return looped(16, 16, 8)  # with norm, rotation and bias 64 rows of 64 columns spilled 128 bytes
     # One pass keeps dK and dV of all keys in registers: 256 keys of 64 columns are 128 fp32 per thread in eight warps.
     # Chunks of unequal size cost layout conversions, so the keys are padded to one power of two here.
     padded = max(next_power_of_two(length), 64)
@@ -209,8 +210,8 @@ def attention_backward_config(
             return AttentionBackwardConfig(own=0, step=32, chunks=(padded, 0, 0), warps=8, stages=1)
         if head_dim <= 64:
             return looped(64, 32, 8) if arch >= 90 else looped(16, 32, 4)
-        # With a bias as well, 32 rows of 88 columns spill 8 bytes on Blackwell.
-        return looped(32, 32, 8) if head_dim <= 128 and 90 <= arch < 100 else looped(16, 16, 8)
+        # 32 rows of 72 or 88 columns spill 8 to 24 bytes on Hopper and Blackwell.
+        return looped(16, 16, 8)
     if arch >= 90:
         limit = 256 if head_dim <= 64 else 128 if head_dim <= 80 else 0
     else:
