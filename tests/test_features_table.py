@@ -56,3 +56,11 @@ def test_tests_named_exist(feature: str) -> None:
         file, name = test.split("::")
         assert name.startswith("test_")
         assert name in functions(file), f"{feature}: {test} does not exist"
+
+
+def test_readme_says_the_same() -> None:
+    known = set((ROOT / "docs/features.md").read_text().splitlines())
+    text = (ROOT / "README.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("|") and line.count("|") == 9]
+    assert len(rows) > 10
+    assert set(rows) <= known
