@@ -6,6 +6,7 @@ import fnmatch
 import functools
 import gc
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ TORCH_DTYPE = {
     "autocast": torch.bfloat16,
 }
 MIN_ROUNDS, MAX_ROUNDS = 5, 50
+SETTLE_SECONDS = 0.005
 MAX_COPIES = 32
 COPY_BYTES = {"cpu": 2**29, "cuda": 2**32}  # the most that all copies of the inputs may take
 
@@ -356,7 +358,10 @@ class Contender:
 
 
 def rounds(contenders: Mapping[str, Contender], device: str, timing: str, seconds: float) -> dict[str, list[float]]:
-    """Samples of every contender in milliseconds a call, one of each in every round, the first one changing."""
+    """Samples of every contender in milliseconds a call, one of each in every round, in another order each time.
+
+    On a CPU each sample waits a little: threads of some libraries spin for milliseconds after a call, on the next one's time.
+    """
     watches = {name: Stopwatch(device, timing) for name in contenders}
     counts, fixed = {}, {}
     for name, contender in contenders.items():
@@ -365,14 +370,17 @@ def rounds(contenders: Mapping[str, Contender], device: str, timing: str, second
         if timing == "graph" and device == "cuda":
             fixed[name] = contender.calls(counts[name], keep_graph=True)
     samples: dict[str, list[float]] = {name: [] for name in contenders}
-    names, start = list(contenders), time.perf_counter()
+    names, start, shuffled = list(contenders), time.perf_counter(), random.Random(0)
     for i in range(MAX_ROUNDS if names else 0):
         if i >= MIN_ROUNDS and time.perf_counter() - start > seconds:
             break
-        for name in names[i % len(names) :] + names[: i % len(names)]:
+        shuffled.shuffle(names)
+        for name in names:
             contender = contenders[name]
             calls = fixed.get(name) or contender.calls(counts[name])
             synchronize(device)
+            if device == "cpu":
+                time.sleep(SETTLE_SECONDS)
             samples[name].append(watches[name].sample(calls, contender.host_us))
             del calls
     return samples
