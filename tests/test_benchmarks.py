@@ -201,7 +201,9 @@ def test_rounds_take_turns_and_leave_out_the_warm_up() -> None:
         contender.ms = 1000.0  # one call is a sample
     calls.clear()
     samples = harness.rounds(contenders, "cpu", "device", 0.0)
-    assert "".join(calls) == "abcbcacababcbca"
+    orders = ["".join(calls[i : i + 3]) for i in range(0, len(calls), 3)]
+    assert all(sorted(order) == ["a", "b", "c"] for order in orders)
+    assert len(set(orders)) > 1  # nobody always follows the same one
     assert {name: len(times) for name, times in samples.items()} == dict.fromkeys("abc", harness.MIN_ROUNDS)
 
 

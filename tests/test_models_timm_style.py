@@ -97,14 +97,15 @@ def test_features_and_classifier(name: str) -> None:
         assert tokens.shape == (2, model.num_prefix_tokens + 4, model.num_features)
         pooled = model.forward_head(tokens, pre_logits=True)
         assert pooled.shape == (2, model.head_hidden_size)
-        assert torch.equal(model.forward_head(tokens), logits)
-        assert torch.equal(model.head(pooled), logits)
+        # to rounding: for the head alone, the last block makes the class token alone
+        assert rel(model.forward_head(tokens), logits) <= 1e-5
+        assert torch.equal(model.head(pooled), model.forward_head(tokens))
 
         without_head = tiny(name, num_classes=0)
         without_head.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("head.")})
-        assert torch.equal(without_head(x), pooled)
+        assert rel(without_head(x), pooled) <= 1e-5
         model.reset_classifier(0)
-        assert torch.equal(model(x), pooled)
+        assert rel(model(x), pooled) <= 1e-5
         model.reset_classifier(7)
         assert model(x).shape == (2, 7)
         model.reset_classifier(0, "")
