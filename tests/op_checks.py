@@ -15,6 +15,34 @@ from vitfast.ops.dispatch import TABLE
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("torch", "cpu", "triton", "cuda", "composite")
+# Tokens of ViTs at common sizes and their neighbours, and the neighbours of tiles of 16, 64 and 128.
+LENGTHS = (
+    1,
+    2,
+    15,
+    16,
+    17,
+    49,
+    50,
+    63,
+    64,
+    65,
+    127,
+    128,
+    129,
+    191,
+    192,
+    193,
+    196,
+    197,
+    201,
+    255,
+    256,
+    257,
+    320,
+    321,
+    577,
+)
 
 
 @dataclass

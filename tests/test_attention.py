@@ -11,6 +11,7 @@ import torch
 from op_checks import (
     BACKENDS,
     DEVICE,
+    LENGTHS,
     Case,
     check_compiles,
     check_gradients,
@@ -54,35 +55,6 @@ def test_parity(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("remainder", range(16))
 def test_every_remainder(backend: str, remainder: int) -> None:
     check_parity(case_of(1, 16 + remainder, 1, 16), "attention", backend, torch.float32)
-
-
-LENGTHS = [
-    1,
-    2,
-    15,
-    16,
-    17,
-    49,
-    50,
-    63,
-    64,
-    65,
-    127,
-    128,
-    129,
-    191,
-    192,
-    193,
-    196,
-    197,
-    201,
-    255,
-    256,
-    257,
-    320,
-    321,
-    577,
-]
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from op_checks import DEVICE, Case, check_parity
+from op_checks import DEVICE, LENGTHS, Case, check_parity
 from test_units import linear_residual_case, mlp_case, norm_linear_case, norm_mlp_case
 
 pytest.importorskip("triton")
@@ -19,33 +19,6 @@ from vitfast.kernels import activation, layer_norm, mlp, patchify
 from vitfast.ops.layer_norm import add_layer_norm_ref
 from vitfast.ops.patch_embed import patch_embed_ref
 
-LENGTHS = (
-    1,
-    2,
-    15,
-    16,
-    17,
-    49,
-    50,
-    63,
-    64,
-    65,
-    127,
-    128,
-    129,
-    191,
-    192,
-    193,
-    196,
-    197,
-    201,
-    255,
-    256,
-    257,
-    320,
-    321,
-    577,
-)
 REMAINDERS = tuple(range(32, 48))
 QUICK = (1, 16, 65, 197)
 MANY = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in sorted({*LENGTHS, *REMAINDERS})]
