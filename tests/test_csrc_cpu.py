@@ -14,7 +14,7 @@ from vitfast.ops.heads import Heads
 pytest.importorskip("vitfast._C", reason="the extension is not built: python setup.py build_ext --inplace")
 C = torch.ops.vitfast_C
 
-CAPABILITIES = ["portable", "avx2", "avx512", "avx512_bf16"]
+CAPABILITIES = ["portable", "avx2", "avx512", "avx512_bf16", "amx"]
 BEST = C.cpu_capability()
 # (dtype of the residual stream, compute dtype)
 DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)]

@@ -22,7 +22,7 @@ HALVES = [torch.float32, torch.bfloat16]
 SHAPES = [(197, 64, 192), (430, 20, 100), (5, 33, 70), (1, 16, 16), (211, 48, 130), (7, 3101, 20), (9, 2, 113)]
 
 
-@pytest.fixture(autouse=True, params=["portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16"])
+@pytest.fixture(autouse=True, params=["portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"])
 def capability(request: pytest.FixtureRequest) -> Iterator[str]:
     try:
         C.set_cpu_capability(request.param)

@@ -16,7 +16,7 @@ from vitfast.ops.compose import activation_ref
 pytest.importorskip("vitfast._C", reason="the extension is not built: python setup.py build_ext --inplace")
 C = torch.ops.vitfast_C
 
-CAPABILITIES = ["portable", "avx2", "avx512", "avx512_bf16"]
+CAPABILITIES = ["portable", "avx2", "avx512", "avx512_bf16", "amx"]
 BEST = C.cpu_capability()
 HALVES = [torch.float32, torch.bfloat16]
 # Rows, inputs, outputs. Tiles have 4 or 6 rows and 16 to 64 columns; inputs over 1536 (fp32) and 3072 (bf16) come in blocks;

@@ -3,6 +3,7 @@
 // of the standard library compiled with AVX-512 could replace the one that every CPU can run. Included once per .cpp.
 // VITFAST_LEVEL: 0 portable, 1 AVX2 + FMA, 2 AVX-512, 3 AVX-512 with bf16 and VNNI. VITFAST_VNNI: whether products of
 // 8-bit integers have an instruction; level 2 comes without, and once more with it if VITFAST_WITH_VNNI is defined.
+// VITFAST_AMX: whether there are tiles; level 3 comes without, and once more with them if VITFAST_WITH_AMX is defined.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -16,6 +17,7 @@
 #include <immintrin.h>
 #endif
 
+#define VITFAST_AMX 0
 #define VITFAST_VNNI 0
 #define VITFAST_LEVEL 0
 #define VITFAST_ISA portable
@@ -81,5 +83,23 @@ namespace vitfast::avx512_bf16 {
 #undef VITFAST_ISA
 #pragma GCC pop_options
 
+#if defined(VITFAST_WITH_AMX) && __GNUC__ >= 11
+#undef VITFAST_AMX
+#define VITFAST_AMX 1
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,prefer-vector-width=512")
+#pragma GCC target("amx-tile,amx-bf16,amx-int8")
+#define VITFAST_LEVEL 3
+#define VITFAST_ISA amx
+namespace vitfast::amx {
+#include "vec.h"
+#include VITFAST_KERNEL
+}  // namespace vitfast::amx
+#undef VITFAST_LEVEL
+#undef VITFAST_ISA
+#pragma GCC pop_options
+#endif
+
 #endif  // VITFAST_X86
+#undef VITFAST_AMX
 #undef VITFAST_VNNI

@@ -7,10 +7,28 @@
 
 #include "check.h"
 
+#if VITFAST_X86
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace vitfast {
 namespace {
 
-constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16"};
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"};
+
+#if VITFAST_X86
+// AMX's tiles with products of bf16 and of 8-bit integers. Linux gives a process the tile registers (8 KiB more to save
+// for each thread) only when asked.
+bool has_amx() {
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25, kAll = kBf16 | kTile | kInt8;
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAll) != kAll) return false;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 
 Capability best_capability() {
 #if VITFAST_X86
@@ -21,7 +39,8 @@ Capability best_capability() {
         if (!supported) return Capability::kAvx2;
     }
     if (!__builtin_cpu_supports("avx512vnni")) return Capability::kAvx512;  // so has every CPU with bf16
-    return __builtin_cpu_supports("avx512bf16") ? Capability::kAvx512Bf16 : Capability::kAvx512Vnni;
+    if (!__builtin_cpu_supports("avx512bf16")) return Capability::kAvx512Vnni;
+    return has_amx() ? Capability::kAmx : Capability::kAvx512Bf16;
 #else
     return Capability::kPortable;
 #endif
@@ -36,7 +55,7 @@ std::string get_capability() { return kNames[static_cast<int>(cpu_capability())]
 
 // For tests: makes the whole process use one instruction set.
 void set_capability(std::string name) {
-    for (int i = 0; i <= static_cast<int>(Capability::kAvx512Bf16); ++i) {
+    for (int i = 0; i <= static_cast<int>(Capability::kAmx); ++i) {
         if (name != kNames[i]) continue;
         if (i > static_cast<int>(best_capability())) {
             fail("capability \"", name, "\" is not what this CPU can run; best: \"",

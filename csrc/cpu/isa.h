@@ -20,7 +20,7 @@ struct fp16 {
     uint16_t bits;
 };
 
-enum class Capability { kPortable, kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16 };
+enum class Capability { kPortable, kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16, kAmx };
 
 Capability cpu_capability();
 
@@ -33,9 +33,19 @@ Capability cpu_capability();
 #define VITFAST_AVX512_VNNI avx512
 #endif
 
+// Only kernels that multiply matrices have a version of their own for AMX's tiles (needs GCC 11).
+#if defined(VITFAST_WITH_AMX) && __GNUC__ >= 11
+#define VITFAST_AMX_TILES amx
+#else
+#define VITFAST_AMX_TILES avx512_bf16
+#endif
+
 #if VITFAST_X86
 #define VITFAST_DISPATCH(call)                   \
     switch (::vitfast::cpu_capability()) {       \
+        case ::vitfast::Capability::kAmx:        \
+            VITFAST_AMX_TILES::call;             \
+            break;                               \
         case ::vitfast::Capability::kAvx512Bf16: \
             avx512_bf16::call;                   \
             break;                               \

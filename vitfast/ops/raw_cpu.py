@@ -18,9 +18,9 @@ class CpuKernels(RawKernels):
 
     def __init__(self) -> None:
         super().__init__()
-        vectors_of_16 = self.functions.cpu_capability().startswith("avx512")
-        self.own_dtypes = {torch.float32} if vectors_of_16 else set()
-        if self.functions.cpu_capability() == "avx512_bf16" and not torch.cpu._is_amx_tile_supported():
+        capability = self.functions.cpu_capability()
+        self.own_dtypes = {torch.float32} if capability.startswith("avx512") or capability == "amx" else set()
+        if capability in ("avx512_bf16", "amx"):
             self.own_dtypes.add(torch.bfloat16)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
