@@ -46,6 +46,7 @@ struct Workspace {
 
 }  // namespace vitfast
 
+#define VITFAST_WITH_AMX
 #define VITFAST_KERNEL "linear_kernel.h"
 #include "for_each_isa.h"
 

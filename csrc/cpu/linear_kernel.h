@@ -82,12 +82,52 @@ VITFAST_INLINE void multiply_vectors(int64_t vectors, int rows, Operand a, const
     }
 }
 
+// What the outputs of rows [row, row + rows) and columns [first, first + count) need comes closer.
+template <class X, class Y>
+VITFAST_INLINE void prefetch_outputs(const Product<X, Y>& a, int64_t row, int64_t rows, int64_t first, int64_t count) {
+    for (int64_t i = 0; i < rows; ++i) {
+        const int64_t start = (row + i) * a.outputs + first;
+        prefetch_row_to_write(a.out + start, count);
+        if (a.residual) prefetch_row(a.residual + start, count);
+    }
+}
+
+#if VITFAST_AMX
+// multiply_panel by tiles: kGroupWords of the panel stay in L1 while the rows pass, their sums in L2 meanwhile.
+template <class X>
+void multiply_panel_by_tiles(const Product<X, bf16>& a, Operand left, int64_t begin, int64_t rows, int64_t index,
+                             const uint32_t* right, float* sums, Ahead* ahead) {
+    const int64_t words = words_for<true>(a.inputs), columns = panel_columns(a.outputs, index);
+    const int64_t first = index * kPanelColumns, count = std::min(kPanelColumns, a.outputs - first);
+    if (words == 0) std::fill(sums, sums + rows * kPanelColumns, 0.0f);
+    int64_t configured = 0, k = 0;
+    do {
+        const int64_t depth = std::min(words - k, kGroupWords);
+        const bool last = k + depth == words;
+        for (int64_t m = 0; m < rows; m += kBlockHeight) {
+            const int64_t height = std::min(rows - m, kBlockHeight);
+            if (last) prefetch_outputs(a, begin + m, height, first, count);
+            const Operand part{left.data + m * left.row + k * left.word, left.row, left.word};
+            float* const tile_sums = sums + m * kPanelColumns;
+            multiply_tiles(part, right + k * columns, columns, height, columns, depth, tile_sums, kPanelColumns, k > 0,
+                           &configured, ahead);
+            if (last) finish_rows(a, tile_sums, begin + m, height, first, count);
+        }
+        k += kGroupWords;
+    } while (k < words);
+    configure_tiles(0);
+}
+#endif
+
 // Output rows [begin, begin + rows) and the columns of panel `index`; left: the left operand from row `begin` on;
 // sums: kBlockRows * kPanelColumns numbers of scratch.
 template <class X, class Y>
 void multiply_panel(const Product<X, Y>& a, Operand left, int64_t begin, int64_t rows, int64_t index,
                     const uint32_t* right, float* sums, Ahead* ahead) {
     constexpr bool kPairs = kInPairs<Y>;
+#if VITFAST_AMX
+    if constexpr (kPairs) return multiply_panel_by_tiles(a, left, begin, rows, index, right, sums, ahead);
+#endif
     const int64_t words = words_for<kPairs>(a.inputs), columns = panel_columns(a.outputs, index);
     const int64_t first = index * kPanelColumns, count = std::min(kPanelColumns, a.outputs - first);
     const int64_t blocks = std::max<int64_t>(1, (words + kDepth - 1) / kDepth),
@@ -100,11 +140,7 @@ void multiply_panel(const Product<X, Y>& a, Operand left, int64_t begin, int64_t
             const Operand part{left.data + m * left.row + from * left.word, left.row, left.word};
             float* const tile_sums = blocks == 1 ? sums : sums + m * kPanelColumns;
             const bool last = block == blocks - 1;
-            for (int64_t i = 0; last && i < height; ++i) {
-                const int64_t start = (begin + m + i) * a.outputs + first;
-                prefetch_row_to_write(a.out + start, count);
-                if (a.residual) prefetch_row(a.residual + start, count);
-            }
+            if (last) prefetch_outputs(a, begin + m, height, first, count);
             for (int64_t j = 0; j < columns; j += kPanelVecs * kLanes) {
                 const int64_t vectors = std::min<int64_t>(kPanelVecs, (columns - j) / kLanes);
                 multiply_vectors<kPairs>(vectors, height, part, panel + j, columns, to - from, tile_sums + j, block > 0,
