@@ -39,8 +39,9 @@ Tensor norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double ep
 
 // out[T, D] = x + proj_scale * (attention(norm(x) qkv_weight^T + qkv_bias) proj_weight^T + proj_bias)
 void norm_attention_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, double eps, Tensor qkv_weight,
-                            OptionalTensor qkv_bias, int64_t heads, double scale, Tensor cu_seqlens, int64_t max_seqlen,
-                            Tensor proj_weight, OptionalTensor proj_bias, OptionalTensor proj_scale, Tensor out) {
+                            OptionalTensor qkv_packed, OptionalTensor qkv_bias, int64_t heads, double scale,
+                            Tensor cu_seqlens, int64_t max_seqlen, Tensor proj_weight, OptionalTensor proj_packed,
+                            OptionalTensor proj_bias, OptionalTensor proj_scale, Tensor out) {
     check("x", x, Device::kCpu, {kFloat, kBFloat16}, {-1, -1});
     const auto dtype = qkv_weight.scalar_type();
     const int64_t rows = x.size(0), outputs = qkv_weight.dim() == 2 ? qkv_weight.size(0) : 0;
@@ -49,18 +50,19 @@ void norm_attention_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, doub
     }
     const int64_t head_dim = outputs / (3 * heads);
     const Tensor qkv = empty(x, {rows, 3, heads, head_dim}, dtype), flat = torch::stable::view(qkv, {rows, outputs});
-    linear(norm(x, norm_weight, norm_bias, eps, dtype), qkv_weight, false, qkv_bias, "none", {}, {}, {}, {}, flat);
+    linear(norm(x, norm_weight, norm_bias, eps, dtype), qkv_weight, false, qkv_packed, qkv_bias, "none", {}, {}, {}, {},
+           flat);
     const Tensor attended = empty(x, {rows, heads, head_dim}, dtype), lse = empty(x, {heads, rows}, kFloat);
     attention_forward(qkv, scale, {}, {}, {}, {}, false, "", "", {}, {}, {}, {}, 0.0, 0.0, cu_seqlens, max_seqlen,
                       attended, lse);
-    linear(torch::stable::view(attended, {rows, heads * head_dim}), proj_weight, false, proj_bias, "none", x,
-           proj_scale, {}, {}, out);
+    linear(torch::stable::view(attended, {rows, heads * head_dim}), proj_weight, false, proj_packed, proj_bias, "none",
+           x, proj_scale, {}, {}, out);
 }
 
 // out[T, D] = x + scale * (activation(norm(x) fc1_weight^T + fc1_bias) fc2_weight^T + fc2_bias)
 void norm_mlp_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, double eps, Tensor fc1_weight,
-                      OptionalTensor fc1_bias, std::string activation, Tensor fc2_weight, OptionalTensor fc2_bias,
-                      OptionalTensor scale, Tensor out) {
+                      OptionalTensor fc1_packed, OptionalTensor fc1_bias, std::string activation, Tensor fc2_weight,
+                      OptionalTensor fc2_packed, OptionalTensor fc2_bias, OptionalTensor scale, Tensor out) {
     check("x", x, Device::kCpu, {kFloat, kBFloat16}, {-1, -1});
     check("fc1_weight", fc1_weight, Device::kCpu, {kFloat, kBFloat16}, {-1, x.size(1)});
     const auto dtype = fc1_weight.scalar_type();
@@ -68,13 +70,13 @@ void norm_mlp_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, double eps
     const Tensor normed = norm(x, norm_weight, norm_bias, eps, dtype);
     Tensor hidden = empty(x, {rows, fc1_weight.size(0)}, dtype);
     const bool gated = activation == "swiglu";  // joins columns that the product computes apart
-    linear(normed, fc1_weight, false, fc1_bias, gated ? "none" : activation, {}, {}, {}, {}, hidden);
+    linear(normed, fc1_weight, false, fc1_packed, fc1_bias, gated ? "none" : activation, {}, {}, {}, {}, hidden);
     if (gated) {
         const Tensor joined = empty(x, {rows, fc1_weight.size(0) / 2}, dtype);
         activation_forward(hidden, activation, joined);
         hidden = joined;
     }
-    linear(hidden, fc2_weight, false, fc2_bias, "none", x, scale, {}, {}, out);
+    linear(hidden, fc2_weight, false, fc2_packed, fc2_bias, "none", x, scale, {}, {}, out);
 }
 
 }  // namespace

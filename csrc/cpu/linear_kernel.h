@@ -162,30 +162,40 @@ Operand left_rows(const Product<X, Y>& a, int64_t begin, int64_t rows, uint32_t*
     return {scratch, 1, columns};
 }
 
-// Panel `index` as memory to fetch ahead during `tiles` tiles of `words` words.
+// Panel `index` of `words` words as memory to fetch in `times` times.
 template <class Y>
-Ahead fetch_panel(const RightOperand<Y>& right, int64_t index, int64_t tiles, int64_t words) {
+Ahead fetch_panel(const RightOperand<Y>& right, int64_t index, int64_t words, int64_t times) {
     const int64_t first = index * kPanelColumns, count = std::min(kPanelColumns, right.outputs - first);
     if (count <= 0) return {nullptr, 0, 0, 0, 0};
+    if (right.packed) {
+        const int64_t bytes = panel_columns(right.outputs, index) * words * 4;
+        return {reinterpret_cast<const char*>(right.packed + first * words), 1, bytes, 0, bytes / 64 / times + 1};
+    }
     const int64_t rows = right.transposed ? right.inputs : count, width = right.transposed ? count : right.inputs;
-    const int64_t lines = rows * (width * sizeof(Y) / 64 + 1),
-                  times = tiles * ((words + kAheadWords - 1) / kAheadWords);
+    const int64_t lines = rows * (width * sizeof(Y) / 64 + 1);
     const Y* const start = right.x + (right.transposed ? first : first * right.row_stride);
     return {reinterpret_cast<const char*>(start), rows, int64_t(width * sizeof(Y)),
-            int64_t(right.row_stride * sizeof(Y)), lines / std::max<int64_t>(times, 1) + 1};
+            int64_t(right.row_stride * sizeof(Y)), lines / times + 1};
 }
 
-// Output rows [begin, end) of panel `index`, which is packed first; meanwhile panel `next` comes closer.
+// Output rows [begin, end) of panel `index`, which is packed first if it is not yet; meanwhile panel `next` comes
+// closer.
 template <class X, class Y>
 void pack_and_multiply(const Product<X, Y>& a, const RightOperand<Y>& right, int64_t begin, int64_t end, int64_t index,
                        int64_t next, const Workspace& w) {
-    const int64_t blocks = (end - begin + kBlockRows - 1) / kBlockRows;
-    Ahead ahead = fetch_panel(right, next, (end - begin + kTileRows - 1) / kTileRows, words_for<kInPairs<Y>>(a.inputs));
-    pack_panel(right, index, w.panel);
+    constexpr bool kTiles = VITFAST_AMX && kInPairs<Y>;
+    constexpr int64_t kStep = kTiles ? 32 : kTileRows, kMost = kTiles ? kTileBlockRows : kBlockRows;
+    const int64_t words = words_for<kInPairs<Y>>(a.inputs), steps = (end - begin + kStep - 1) / kStep;
+    // How often a product fetches: for each of its register blocks, the tiles' of half a panel's columns.
+    const int64_t times = kTiles ? steps * 2 * ((words + 15) / 16) : steps * ((words + kAheadWords - 1) / kAheadWords);
+    Ahead ahead = fetch_panel(right, next, words, std::max<int64_t>(times, 1));
+    if (!right.packed) pack_panel(right, index, w.panel);
+    const uint32_t* const panel = right.packed ? right.packed + index * kPanelColumns * words : w.panel;
+    const int64_t blocks = (steps * kStep + kMost - 1) / kMost;
     for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t from = begin + (end - begin) * block / blocks;
-        const int64_t rows = begin + (end - begin) * (block + 1) / blocks - from;
-        multiply_panel(a, left_rows(a, from, rows, w.left), from, rows, index, w.panel, w.sums, &ahead);
+        const int64_t from = begin + steps * block / blocks * kStep;
+        const int64_t rows = std::min(end, begin + steps * (block + 1) / blocks * kStep) - from;
+        multiply_panel(a, left_rows(a, from, rows, w.left), from, rows, index, panel, w.sums, &ahead);
     }
 }
 
