@@ -1,8 +1,11 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <vector>
+
 #include "forward.h"
 #include "isa.h"
+#include "scratch.h"
 
 // The two halves of a pre-norm block at inference, each in one call: nothing between its input and its output outlives
 // it, and for a small model the calls themselves would cost as much as the arithmetic. Shapes: T rows, D width,
@@ -13,28 +16,50 @@ namespace {
 constexpr auto kFloat = ScalarType::Float;
 constexpr auto kBFloat16 = ScalarType::BFloat16;
 
-Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-    return torch::stable::new_empty(like, {shape.begin(), shape.size()}, dtype);
-}
+// A tensor that lives during one call only.
+class Temporary {
+  public:
+    Temporary(std::initializer_list<int64_t> shape, ScalarType dtype)
+        : memory_(count(shape) * (dtype == kFloat ? 4 : 2)), tensor_(view(memory_.data(), shape, dtype)) {}
 
-// A vector of bf16 numbers as fp32.
-Tensor as_float(const char* name, const Tensor& x, int64_t size) {
-    check(name, x, Device::kCpu, {kFloat, kBFloat16}, {size});
+    const Tensor& operator*() const { return tensor_; }
+
+  private:
+    static int64_t count(std::initializer_list<int64_t> shape) {
+        int64_t product = 1;
+        for (const int64_t size : shape) product *= size;
+        return std::max<int64_t>(product, 1);
+    }
+
+    static Tensor view(void* data, std::initializer_list<int64_t> shape, ScalarType dtype) {
+        std::vector<int64_t> strides(shape.size());
+        int64_t stride = 1;
+        for (size_t axis = shape.size(); axis-- > 0; stride *= shape.begin()[axis]) strides[axis] = stride;
+        const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+        return torch::stable::from_blob(data, {shape.begin(), shape.size()}, {strides.data(), strides.size()}, cpu,
+                                        dtype);
+    }
+
+    KeptMemory memory_;
+    Tensor tensor_;
+};
+
+// A vector of bf16 numbers as fp32, in `wide`.
+Tensor as_float(const char* name, const Tensor& x, const Temporary& wide) {
+    check(name, x, Device::kCpu, {kFloat, kBFloat16}, {(*wide).size(0)});
     if (x.scalar_type() == kFloat) return x;
-    const Tensor wide = empty(x, {size}, kFloat);
     const uint16_t* const from = data<uint16_t>(x);
-    uint32_t* const to = mutable_data<uint32_t>(wide);
-    for (int64_t i = 0; i < size; ++i) to[i] = static_cast<uint32_t>(from[i]) << 16;
-    return wide;
+    uint32_t* const to = mutable_data<uint32_t>(*wide);
+    for (int64_t i = 0; i < x.size(0); ++i) to[i] = static_cast<uint32_t>(from[i]) << 16;
+    return *wide;
 }
 
-Tensor norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps, ScalarType dtype) {
+void norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps, const Temporary& normed) {
     const int64_t rows = x.size(0), width = x.size(1);
-    const Tensor normed = empty(x, {rows, width}, dtype), mean = empty(x, {rows}, kFloat),
-                 rstd = empty(x, {rows}, kFloat);
-    layer_norm_forward(x, {}, {}, {}, as_float("norm_weight", weight, width), as_float("norm_bias", bias, width), eps,
-                       {}, normed, mean, rstd);
-    return normed;
+    const Temporary mean({rows}, kFloat), rstd({rows}, kFloat), wide_weight({width}, kFloat),
+        wide_bias({width}, kFloat);
+    layer_norm_forward(x, {}, {}, {}, as_float("norm_weight", weight, wide_weight),
+                       as_float("norm_bias", bias, wide_bias), eps, {}, *normed, *mean, *rstd);
 }
 
 // out[T, D] = x + proj_scale * (attention(norm(x) qkv_weight^T + qkv_bias) proj_weight^T + proj_bias)
@@ -49,13 +74,14 @@ void norm_attention_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, doub
         fail("qkv_weight has shape ", show_shape(qkv_weight), "; needed: a multiple of 3 * ", heads, " (heads) rows");
     }
     const int64_t head_dim = outputs / (3 * heads);
-    const Tensor qkv = empty(x, {rows, 3, heads, head_dim}, dtype), flat = torch::stable::view(qkv, {rows, outputs});
-    linear(norm(x, norm_weight, norm_bias, eps, dtype), qkv_weight, false, qkv_packed, qkv_bias, "none", {}, {}, {}, {},
-           flat);
-    const Tensor attended = empty(x, {rows, heads, head_dim}, dtype), lse = empty(x, {heads, rows}, kFloat);
-    attention_forward(qkv, scale, {}, {}, {}, {}, false, "", "", {}, {}, {}, {}, 0.0, 0.0, cu_seqlens, max_seqlen,
-                      attended, lse);
-    linear(torch::stable::view(attended, {rows, heads * head_dim}), proj_weight, false, proj_packed, proj_bias, "none",
+    const Temporary qkv({rows, 3, heads, head_dim}, dtype), attended({rows, heads, head_dim}, dtype);
+    const Temporary normed({rows, x.size(1)}, dtype), lse({heads, rows}, kFloat);
+    norm(x, norm_weight, norm_bias, eps, normed);
+    linear(*normed, qkv_weight, false, qkv_packed, qkv_bias, "none", {}, {}, {}, {},
+           torch::stable::view(*qkv, {rows, outputs}));
+    attention_forward(*qkv, scale, {}, {}, {}, {}, false, "", "", {}, {}, {}, {}, 0.0, 0.0, cu_seqlens, max_seqlen,
+                      *attended, *lse);
+    linear(torch::stable::view(*attended, {rows, heads * head_dim}), proj_weight, false, proj_packed, proj_bias, "none",
            x, proj_scale, {}, {}, out);
 }
 
@@ -67,16 +93,14 @@ void norm_mlp_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, double eps
     check("fc1_weight", fc1_weight, Device::kCpu, {kFloat, kBFloat16}, {-1, x.size(1)});
     const auto dtype = fc1_weight.scalar_type();
     const int64_t rows = x.size(0);
-    const Tensor normed = norm(x, norm_weight, norm_bias, eps, dtype);
-    Tensor hidden = empty(x, {rows, fc1_weight.size(0)}, dtype);
     const bool gated = activation == "swiglu";  // joins columns that the product computes apart
-    linear(normed, fc1_weight, false, fc1_packed, fc1_bias, gated ? "none" : activation, {}, {}, {}, {}, hidden);
-    if (gated) {
-        const Tensor joined = empty(x, {rows, fc1_weight.size(0) / 2}, dtype);
-        activation_forward(hidden, activation, joined);
-        hidden = joined;
-    }
-    linear(hidden, fc2_weight, false, fc2_packed, fc2_bias, "none", x, scale, {}, {}, out);
+    const int64_t width = fc1_weight.size(0);
+    const Temporary normed({rows, x.size(1)}, dtype), hidden({rows, width}, dtype);
+    norm(x, norm_weight, norm_bias, eps, normed);
+    linear(*normed, fc1_weight, false, fc1_packed, fc1_bias, gated ? "none" : activation, {}, {}, {}, {}, *hidden);
+    const Temporary joined({rows, gated ? width / 2 : 0}, dtype);
+    if (gated) activation_forward(*hidden, activation, *joined);
+    linear(gated ? *joined : *hidden, fc2_weight, false, fc2_packed, fc2_bias, "none", x, scale, {}, {}, out);
 }
 
 }  // namespace
