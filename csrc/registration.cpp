@@ -52,6 +52,9 @@ STABLE_TORCH_LIBRARY(vitfast_C, m) {
         "norm_mlp_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor fc1_weight, "
         "Tensor? fc1_packed, Tensor? fc1_bias, str activation, Tensor fc2_weight, Tensor? fc2_packed, "
         "Tensor? fc2_bias, Tensor? scale, Tensor(a!) out) -> ()");
+    m.def(
+        "blocks_forward(Tensor x, Tensor[] parameters, int heads, float scale, float eps, str activation, "
+        "Tensor cu_seqlens, int max_seqlen, Tensor(a!) out) -> ()");
     m.def("cpu_capability() -> str");
     m.def("set_cpu_capability(str capability) -> ()");
 }

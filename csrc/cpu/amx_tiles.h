@@ -9,6 +9,18 @@ constexpr int64_t kBlockWidth = 32;   // and columns
 constexpr int64_t kGroupWidth = 64;   // columns whose words stay in L1 while all rows pass:
 constexpr int64_t kGroupWords = 128;  // 64 x 128 words = 32 KiB
 
+// What comes closer while tiles are multiplied, some lines at each step: all at once would hold up the tiles' own
+// loads.
+struct Streams {
+    Ahead panel, residual, outputs;
+
+    VITFAST_INLINE_MEMBER void fetch() {
+        panel.fetch();
+        residual.fetch();
+        outputs.fetch<true>();
+    }
+};
+
 // The intrinsics are opaque to the compiler, which may move loads and stores of the same memory past them.
 VITFAST_INLINE void settle_memory() { asm volatile("" ::: "memory"); }
 
@@ -41,7 +53,7 @@ VITFAST_INLINE void configure_tiles(int64_t rows) {
 // more than 16 rows. kBytes: 8-bit numbers (left u8, right s8) and 32-bit integer sums instead of bf16 and fp32.
 template <bool kBytes, bool kLower, bool kRight>
 VITFAST_INLINE void multiply_block(const uint32_t* a, int64_t a_pitch, const uint32_t* b, int64_t b_pitch,
-                                   int64_t words, void* c, int64_t c_pitch, bool add, Ahead* ahead) {
+                                   int64_t words, void* c, int64_t c_pitch, bool add, Streams* streams) {
     char *const upper = static_cast<char*>(c), *const lower = upper + kTile * c_pitch;
     const char *a_upper = reinterpret_cast<const char*>(a), *a_lower = a_upper + kTile * a_pitch;
     const char* b_left = reinterpret_cast<const char*>(b);
@@ -72,7 +84,7 @@ VITFAST_INLINE void multiply_block(const uint32_t* a, int64_t a_pitch, const uin
                 VITFAST_TILE_DOT(3, 5, 7)
             }
         }
-        if (ahead) ahead->fetch();
+        if (streams) streams->fetch();
         a_upper += 64;
         a_lower += 64;
         b_left += kTile * b_pitch;
@@ -89,18 +101,18 @@ VITFAST_INLINE void multiply_block(const uint32_t* a, int64_t a_pitch, const uin
 // The same for `columns` columns, a multiple of 16; rows as configured.
 template <bool kBytes>
 void multiply_block_row(int64_t rows, const uint32_t* a, int64_t a_pitch, const uint32_t* b, int64_t b_pitch,
-                        int64_t columns, int64_t words, void* c, int64_t c_pitch, bool add, Ahead* ahead) {
+                        int64_t columns, int64_t words, void* c, int64_t c_pitch, bool add, Streams* streams) {
     for (int64_t j = 0; j < columns; j += kBlockWidth) {
         char* const to = static_cast<char*>(c) + j * 4;
         const bool right = columns - j > kTile;
         if (rows > kTile && right) {
-            multiply_block<kBytes, true, true>(a, a_pitch, b + j, b_pitch, words, to, c_pitch, add, ahead);
+            multiply_block<kBytes, true, true>(a, a_pitch, b + j, b_pitch, words, to, c_pitch, add, streams);
         } else if (rows > kTile) {
-            multiply_block<kBytes, true, false>(a, a_pitch, b + j, b_pitch, words, to, c_pitch, add, ahead);
+            multiply_block<kBytes, true, false>(a, a_pitch, b + j, b_pitch, words, to, c_pitch, add, streams);
         } else if (right) {
-            multiply_block<kBytes, false, true>(a, a_pitch, b + j, b_pitch, words, to, c_pitch, add, ahead);
+            multiply_block<kBytes, false, true>(a, a_pitch, b + j, b_pitch, words, to, c_pitch, add, streams);
         } else {
-            multiply_block<kBytes, false, false>(a, a_pitch, b + j, b_pitch, words, to, c_pitch, add, ahead);
+            multiply_block<kBytes, false, false>(a, a_pitch, b + j, b_pitch, words, to, c_pitch, add, streams);
         }
     }
 }
@@ -130,7 +142,7 @@ VITFAST_INLINE void gather_rows(Operand a, int64_t rows, int64_t words, uint32_t
 // many rows the tiles are configured, 0 at first; who passes it gives them back.
 template <bool kBytes = false, class Sum = float>
 void multiply_tiles(Operand a, const uint32_t* panel, int64_t pitch, int64_t rows, int64_t columns, int64_t words,
-                    Sum* c, int64_t c_row, bool add, int64_t* configured, Ahead* ahead = nullptr) {
+                    Sum* c, int64_t c_row, bool add, int64_t* configured, Streams* streams = nullptr) {
     alignas(64) uint32_t left[kBlockHeight * kGroupWords], right[kTile * kGroupWidth];
     for (int64_t k = 0; k < words; k += kGroupWords) {
         const int64_t depth = std::min(words - k, kGroupWords), whole = depth / kTile * kTile, rest = depth - whole;
@@ -159,12 +171,12 @@ void multiply_tiles(Operand a, const uint32_t* panel, int64_t pitch, int64_t row
                 bool sum = add || k > 0;
                 if (whole > 0) {
                     multiply_block_row<kBytes>(height, part.data, part.row * 4, from + j, pitch * 4, width, whole, to,
-                                               c_row * 4, sum, ahead);
+                                               c_row * 4, sum, streams);
                     sum = true;
                 }
                 if (rest > 0) {
                     multiply_block_row<kBytes>(height, tail, kGroupWords * 4, right, kGroupWidth * 4, width, kTile, to,
-                                               c_row * 4, sum, ahead);
+                                               c_row * 4, sum, streams);
                 }
             }
         }

@@ -46,9 +46,10 @@ struct Ahead {
     int64_t lines;               // each time
     int64_t at = 0;
 
+    template <bool kToWrite = false>
     VITFAST_INLINE_MEMBER void fetch() {
         for (int64_t i = 0; i < lines && rows > 0; ++i) {
-            __builtin_prefetch(row + at, 0, 2);
+            __builtin_prefetch(row + at, kToWrite, kToWrite ? 3 : 2);
             at += 64;
             if (at < width) continue;
             at = 0;

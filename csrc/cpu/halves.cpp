@@ -103,10 +103,40 @@ void norm_mlp_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, double eps
     linear(gated ? *joined : *hidden, fc2_weight, false, fc2_packed, fc2_bias, "none", x, scale, {}, {}, out);
 }
 
+// The parameters of one block, as blocks_forward is given them one after the other; an empty tensor stands for none.
+struct BlockParameters {
+    static constexpr size_t kCount = 18;
+    const Tensor* at;
+
+    const Tensor& get(size_t i) const { return at[i]; }
+    OptionalTensor maybe(size_t i) const { return at[i].numel() == 0 ? OptionalTensor() : OptionalTensor(at[i]); }
+};
+
+// out[T, D] = the blocks one after the other, each norm_attention_forward and then norm_mlp_forward. Parameters of
+// each: norm1 weight, bias; qkv weight, packed, bias; proj weight, packed, bias, scale; norm2 weight, bias; fc1 weight,
+// packed, bias; fc2 weight, packed, bias, scale.
+void blocks_forward(Tensor x, std::vector<Tensor> parameters, int64_t heads, double scale, double eps,
+                    std::string activation, Tensor cu_seqlens, int64_t max_seqlen, Tensor out) {
+    check("x", x, Device::kCpu, {kFloat, kBFloat16}, {-1, -1});
+    check("out", out, Device::kCpu, {x.scalar_type()}, {x.size(0), x.size(1)});
+    if (parameters.empty() || parameters.size() % BlockParameters::kCount != 0) {
+        fail("parameters has ", parameters.size(), " tensors; needed: ", BlockParameters::kCount, " for each block");
+    }
+    const Temporary middle({x.size(0), x.size(1)}, x.scalar_type());
+    for (size_t first = 0; first < parameters.size(); first += BlockParameters::kCount) {
+        const BlockParameters p{parameters.data() + first};
+        norm_attention_forward(first == 0 ? x : out, p.get(0), p.get(1), eps, p.get(2), p.maybe(3), p.maybe(4), heads,
+                               scale, cu_seqlens, max_seqlen, p.get(5), p.maybe(6), p.maybe(7), p.maybe(8), *middle);
+        norm_mlp_forward(*middle, p.get(9), p.get(10), eps, p.get(11), p.maybe(12), p.maybe(13), activation, p.get(14),
+                         p.maybe(15), p.maybe(16), p.maybe(17), out);
+    }
+}
+
 }  // namespace
 }  // namespace vitfast
 
 STABLE_TORCH_LIBRARY_IMPL(vitfast_C, CPU, m) {
     m.impl("norm_attention_forward", TORCH_BOX(&vitfast::norm_attention_forward));
+    m.impl("blocks_forward", TORCH_BOX(&vitfast::blocks_forward));
     m.impl("norm_mlp_forward", TORCH_BOX(&vitfast::norm_mlp_forward));
 }

@@ -31,24 +31,26 @@ template <class Activation, class X, class Y>
 void finish_rows(const Product<X, Y>& a, const float* sums, int64_t row, int64_t rows, int64_t first, int64_t count) {
     constexpr bool kActivates = !std::is_void_v<Activation>;
     const bool biased = a.bias.as_float || a.bias.as_bf16, scaled = a.scale.as_float || a.scale.as_bf16;
-    for (int64_t i = 0; i < rows; ++i) {
-        const int64_t start = (row + i) * a.outputs + first;
-        const Vec kept = broadcast(a.drop_path ? a.drop_path[(row + i) / a.rows_per_sample] : 1.0f);
-        for (int64_t j = 0; j < count; j += kLanes) {
-            const int64_t n = count - j;
+    for (int64_t j = 0; j < count; j += kLanes) {
+        const int64_t n = count - j;
+        const Vec bias = biased ? load(a.bias, first + j, n) : Vec{},
+                  scale = scaled ? load(a.scale, first + j, n) : Vec{};
+        for (int64_t i = 0; i < rows; ++i) {
+            const int64_t at = (row + i) * a.outputs + first + j;
             Vec value = load(sums + i * kPanelColumns + j);
-            if (biased) value += load(a.bias, first + j, n);
+            if (biased) value += bias;
             if constexpr (kActivates) {
                 if (a.before) {
-                    store(a.before + start + j, value, n);
-                    value = load(a.before + start + j, n);  // as backward will see it
+                    store(a.before + at, value, n);
+                    value = load(a.before + at, n);  // as backward will see it
                 }
                 value = Activation::value(value);
             } else if (a.residual) {
-                if (scaled) value *= load(a.scale, first + j, n);
-                value = fma(value, kept, load(a.residual + start + j, n));
+                if (scaled) value *= scale;
+                const float kept = a.drop_path ? a.drop_path[(row + i) / a.rows_per_sample] : 1.0f;
+                value = fma(value, broadcast(kept), load(a.residual + at, n));
             }
-            store(a.out + start + j, value, n);
+            store(a.out + at, value, n);
         }
     }
 }
@@ -82,40 +84,44 @@ VITFAST_INLINE void multiply_vectors(int64_t vectors, int rows, Operand a, const
     }
 }
 
-// What the outputs of rows [row, row + rows) and columns [first, first + count) need comes closer.
-template <class X, class Y>
-VITFAST_INLINE void prefetch_outputs(const Product<X, Y>& a, int64_t row, int64_t rows, int64_t first, int64_t count) {
-    for (int64_t i = 0; i < rows; ++i) {
-        const int64_t start = (row + i) * a.outputs + first;
-        prefetch_row_to_write(a.out + start, count);
-        if (a.residual) prefetch_row(a.residual + start, count);
-    }
+#if VITFAST_AMX
+// What the outputs of rows [row, row + rows) and columns [first, first + count) need, fetched in `times` times.
+template <class X>
+void stream_outputs(const Product<X, bf16>& a, int64_t row, int64_t rows, int64_t first, int64_t count, int64_t times,
+                    Streams* streams) {
+    const int64_t start = row * a.outputs + first, width = count * sizeof(X), pitch = a.outputs * sizeof(X);
+    const int64_t lines = rows * ((width + 63) / 64) / times + 1;
+    streams->outputs = {reinterpret_cast<const char*>(a.out + start), rows, width, pitch, lines};
+    if (a.residual) streams->residual = {reinterpret_cast<const char*>(a.residual + start), rows, width, pitch, lines};
 }
 
-#if VITFAST_AMX
 // multiply_panel by tiles: kGroupWords of the panel stay in L1 while the rows pass, their sums in L2 meanwhile.
 template <class X>
 void multiply_panel_by_tiles(const Product<X, bf16>& a, Operand left, int64_t begin, int64_t rows, int64_t index,
                              const uint32_t* right, float* sums, Ahead* ahead) {
     const int64_t words = words_for<true>(a.inputs), columns = panel_columns(a.outputs, index);
     const int64_t first = index * kPanelColumns, count = std::min(kPanelColumns, a.outputs - first);
+    const int64_t steps = (words + kTile - 1) / kTile,
+                  parts = std::max<int64_t>(1, (words + kGroupWords - 1) / kGroupWords);
+    Streams streams{ahead ? *ahead : Ahead{}, {}, {}};
     if (words == 0) std::fill(sums, sums + rows * kPanelColumns, 0.0f);
-    int64_t configured = 0, k = 0;
-    do {
-        const int64_t depth = std::min(words - k, kGroupWords);
-        const bool last = k + depth == words;
+    int64_t configured = 0;
+    for (int64_t part = 0; part < parts; ++part) {
+        const int64_t from = steps * part / parts * kTile, to = std::min(words, steps * (part + 1) / parts * kTile);
         for (int64_t m = 0; m < rows; m += kBlockHeight) {
             const int64_t height = std::min(rows - m, kBlockHeight);
-            if (last) prefetch_outputs(a, begin + m, height, first, count);
-            const Operand part{left.data + m * left.row + k * left.word, left.row, left.word};
+            const Operand block{left.data + m * left.row + from * left.word, left.row, left.word};
             float* const tile_sums = sums + m * kPanelColumns;
-            multiply_tiles(part, right + k * columns, columns, height, columns, depth, tile_sums, kPanelColumns, k > 0,
-                           &configured, ahead);
+            const bool last = part == parts - 1;
+            if (last)
+                stream_outputs(a, begin + m, height, first, count, std::max<int64_t>(1, (to - from) / 8), &streams);
+            multiply_tiles(block, right + from * columns, columns, height, columns, to - from, tile_sums, kPanelColumns,
+                           part > 0, &configured, &streams);
             if (last) finish_rows(a, tile_sums, begin + m, height, first, count);
         }
-        k += kGroupWords;
-    } while (k < words);
+    }
     configure_tiles(0);
+    if (ahead) *ahead = streams.panel;
 }
 #endif
 
@@ -140,7 +146,11 @@ void multiply_panel(const Product<X, Y>& a, Operand left, int64_t begin, int64_t
             const Operand part{left.data + m * left.row + from * left.word, left.row, left.word};
             float* const tile_sums = blocks == 1 ? sums : sums + m * kPanelColumns;
             const bool last = block == blocks - 1;
-            if (last) prefetch_outputs(a, begin + m, height, first, count);
+            for (int64_t i = 0; last && i < height; ++i) {
+                const int64_t start = (begin + m + i) * a.outputs + first;
+                prefetch_row_to_write(a.out + start, count);
+                if (a.residual) prefetch_row(a.residual + start, count);
+            }
             for (int64_t j = 0; j < columns; j += kPanelVecs * kLanes) {
                 const int64_t vectors = std::min<int64_t>(kPanelVecs, (columns - j) / kLanes);
                 multiply_vectors<kPairs>(vectors, height, part, panel + j, columns, to - from, tile_sums + j, block > 0,

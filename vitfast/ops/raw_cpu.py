@@ -10,7 +10,7 @@ from torch import Tensor
 from .arguments import POINTWISE, nothing
 from .quantize import PANEL_STEP, pack_weight
 from .raw import RawKernels, even_lengths, f32
-from .weight_cache import derived
+from .weight_cache import Kept, derived, kept
 
 
 class CpuKernels(RawKernels):
@@ -105,6 +105,17 @@ class CpuKernels(RawKernels):
         self.functions.norm_mlp_forward(x, *norm, *fc1, activation, *fc2, scale, out)
         return out
 
+    def blocks(
+        self, x: Tensor, parameters: list[Tensor], heads: int, scale: float, eps: float, activation: str
+    ) -> Tensor:
+        """Plain pre-norm blocks on x [B, L, D]; parameters: 18 of each block, as csrc/cpu/halves.cpp lists them."""
+        out = torch.empty_like(x)
+        B, L, D = x.shape
+        lengths = even_lengths(B, L, x.device), L
+        flat = x.view(B * L, D), out.view(B * L, D)
+        self.functions.blocks_forward(flat[0], parameters, heads, scale, eps, activation, *lengths, flat[1])
+        return out
+
     def int8_linear(
         self,
         x: Tensor,
@@ -141,7 +152,14 @@ class CpuKernels(RawKernels):
     def _constant(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         """A weight that inference uses again and again, and its panels where they are worth the memory: its size again."""
         weight = weight.contiguous()
-        return weight, derived(weight, "panels", self._pack) if weight.dtype in self.packed_dtypes else None
+        panels = self.panels(weight)
+        return weight, None if panels is None else panels.value
+
+    def panels(self, weight: Tensor) -> Kept | None:
+        """A contiguous weight packed for products, as kept from an earlier call or from now on; None: not worth it, or not kept."""
+        if weight.dtype not in self.packed_dtypes:
+            return None
+        return kept(weight, "panels", self._pack, weight.numel() * weight.element_size())
 
     def _pack(self, weight: Tensor) -> Tensor:
         outputs, words = weight.shape[0], (weight.shape[1] * weight.element_size() + 3) // 4
