@@ -64,10 +64,16 @@ def provenance(contents: Sequence[dict[str, Any]]) -> str:
 def _machine_text(content: dict[str, Any]) -> str:
     machine = content["machine"]
     threads = f", {counted(machine['threads'], 'thread')}" if machine["kind"] == "cpu" else ""
-    rates = ", ".join(f"{dtype} {rate:.3g} TFLOP/s" for dtype, rate in machine["matrix_tflops"].items())
+    products = machine.get("product_tflops", {})
+    rates = ", ".join(
+        f"{dtype} {rate:.3g} TFLOP/s" + (f" (as products {products[dtype]:.3g})" if dtype in products else "")
+        for dtype, rate in machine["matrix_tflops"].items()
+    )
+    cold, cache = machine.get("cold_mib"), machine["cache_mib"]
+    source = f" in its {cache:.0f} MiB cache, as inputs are" if cold is not None and cold < 2 * cache else ""
     driver = f" Driver {machine['driver']}." if machine["driver"] else ""
     return (
-        f"{machine['name']}{threads}: copy {machine['copy_gb_per_s']:.0f} GB/s, {rates}, "
+        f"{machine['name']}{threads}: copy {machine['copy_gb_per_s']:.0f} GB/s{source}, {rates}, "
         f"launch {machine['launch_us']:.1f} us.{driver}"
     )
 

@@ -51,6 +51,7 @@ STABLE_TORCH_LIBRARY(vitfast_C, m) {
     m.def(
         "norm_mlp_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor fc1_weight, Tensor? "
         "fc1_bias, str activation, Tensor fc2_weight, Tensor? fc2_bias, Tensor? scale, Tensor(a!) out) -> ()");
+    m.def("multiply_add_rate(str dtype, float seconds) -> float");
     m.def("cpu_capability() -> str");
     m.def("set_cpu_capability(str capability) -> ()");
 }
