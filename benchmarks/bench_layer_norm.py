@@ -23,8 +23,8 @@ SHAPES: dict[str, list[dict[str, int | str]]] = {
     "cpu": [{"D": 384}, {}, {"B": 4, "L": 257, "D": 1280}],
     "cuda": [{"B": 256, "D": 384}, {"B": 256}, {"B": 64, "L": 257, "D": 1280}, {"B": 1}],
     "growth": distinct(
-        along("D", _WIDTHS, {"B": 4, "L": 197}),
-        along("L", (64, 197, 577, 1025, 4097), {"B": 4, "D": 384}),
+        along("D", _WIDTHS[::2] + _WIDTHS[-1:], {"B": 4, "L": 197}),
+        along("L", (64, 197, 1025, 4097), {"B": 4, "D": 384}),
         along("B", (1, 4, 16, 64), {"L": 197, "D": 384}),
     ),
     "growth cuda": distinct(

@@ -37,6 +37,8 @@ _CPU_CACHE_MIB, _CORE_CACHE_MIB = 32.0, 1.0  # assumed where the system does not
 # The most that inputs in turn take on a CPU. Server chips have last-level caches of hundreds of MiB, shared with strangers:
 # twice that would be minutes of copying, and in use, too, activations and weights come from there.
 _MOST_COLD_MIB = 128.0
+# What a figure depends on: results and documents may change after it was measured.
+_CODE = (":/vitfast", ":/kernels", ":/csrc", ":/benchmarks/*.py", ":/setup.py")
 _COPIED_MIB = {"cpu": 256, "cuda": 1024}  # well over any cache that inputs are to miss
 
 
@@ -157,8 +159,17 @@ def _cpu() -> dict[str, Any]:
             mhz = next((float(line.split(":")[1]) for line in file if line.startswith("cpu MHz")), None)
     except OSError:
         pass
-    load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-    return {"name": cpu_model(), "clocks": {"cpu_mhz": mhz}, "driver": None, "load": load}
+    return {"name": cpu_model(), "clocks": {"cpu_mhz": mhz}, "driver": None, "load": _cpu_load()}
+
+
+def _cpu_load() -> float | None:
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def load(machine: dict[str, Any]) -> float | None:
+    """Its load now; of a GPU what it was."""
+    known: float | None = machine["load"]
+    return known if machine["kind"] == "cuda" else _cpu_load()
 
 
 def _gpu() -> dict[str, Any]:
@@ -192,7 +203,7 @@ def _git(*command: str) -> str | None:
 def origin(command: str) -> dict[str, Any]:
     """The entries of a result file that say which code ran, and when."""
     tracked = _git("ls-files", "--error-unmatch", "machine.py") is not None
-    changes = _git("status", "--porcelain", "--untracked-files=no") if tracked else None
+    changes = _git("status", "--porcelain", "--untracked-files=no", "--", *_CODE) if tracked else None
     versions = {"python": platform.python_version(), "vitfast": _version("vitfast")}
     return {
         "versions": versions | {name: version for name in PACKAGES if (version := _version(name))},
@@ -201,6 +212,15 @@ def origin(command: str) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": command,
     }
+
+
+def same_code(commit: str | None, dirty: bool | None) -> bool:
+    """Whether the sources here are those of that entry of a result file; without a clone the versions have to tell."""
+    if commit is None or dirty is None:
+        return _git("rev-parse", "HEAD") is None or _git("ls-files", "--error-unmatch", "machine.py") is None
+    if dirty or _git("status", "--porcelain", "--untracked-files=no", "--", *_CODE):
+        return False
+    return _git("diff", "--quiet", commit, "HEAD", "--", *_CODE) is not None
 
 
 def _version(package: str) -> str | None:

@@ -271,7 +271,7 @@ def _case_table(case: Sequence[Row], header: bool) -> Any:
 
     table = Table(box=None, show_header=header, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
     table.add_column("  provider", width=28)
-    for name, width in (("ms", 7), ("20–80 %", 13), ("floor", 5), ("ratio", 5), ("kept", 6), ("peak MiB", 8)):
+    for name, width in (("ms", 7), ("20–80 %", 13), ("floor", 5), ("ratio", 5), ("kept", 7), ("peak MiB", 8)):
         table.add_column(name, justify="right", width=width, no_wrap=True)
     for row in sorted(case, key=lambda row: (row.ms or math.inf, not row.ours)):
         spread = "–" if row.ms is None else f"{number(row.ms_low)}–{number(row.ms_high)}"
