@@ -29,8 +29,11 @@ PACKAGES = (
     "onnxruntime",
     "openvino",
     "flash-attn",
+    "flash-attn-4",
     "xformers",
     "liger-kernel",
+    "quack-kernels",
+    "transformer-engine",
     "numpy",
 )
 _CPU_CACHE_MIB, _CORE_CACHE_MIB = 32.0, 1.0  # assumed where the system does not say

@@ -32,8 +32,6 @@ INSTALL = {
     "quack": ("quack", "pip install quack-kernels"),
     "transformer_engine": ("TransformerEngine", "pip install transformer-engine[pytorch]"),
 }
-# Asked for by people, but no provider here calls them yet.
-_NOT_WIRED = ("flash_attn.cute", "quack", "transformer_engine")
 GPU_ONLY = (
     "flash_attn",
     "flash_attn_interface",
@@ -61,8 +59,6 @@ def absent(modules: Iterable[str], device: str) -> list[dict[str, str]]:
             reason = "needs a CUDA GPU"
         elif not installed(module):
             reason = "not installed"
-        elif module in _NOT_WIRED:
-            reason = "installed, but this benchmark does not call it yet"
         else:
             continue
         entries.append({"provider": name, "reason": reason, "install": install})
