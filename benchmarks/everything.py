@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ class Everything:
     minutes: float = MINUTES
     dtypes: tuple[str, ...] = ()
     providers: tuple[str, ...] = ()
-    steps: tuple[Step, ...] = STEPS
+    steps: tuple[Step, ...] = field(default_factory=lambda: STEPS)
 
     def run(self) -> list[dict[str, Any]]:
         """The contents of all files, each written as it grows. Raises Stopped after Ctrl-C, with the step's content."""
@@ -148,7 +148,7 @@ def _not_ours(content: dict[str, Any], device: str, now: dict[str, Any], preset:
     if content["preset"] != preset:
         return f"its preset is {content['preset']}"
     if content["versions"] != now["versions"]:
-        return "versions of Python or packages differ"
+        return "its versions of Python or packages differ"
     if not same_code(content["commit"], content["dirty"]):
         return f"it was made by other code (commit {(content['commit'] or 'unknown')[:10]})"
     return ""

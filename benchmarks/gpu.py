@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import report, schema
+from . import report, schema, standing
 from .suites import SUITES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -234,7 +234,7 @@ def write(run: Run, results: Sequence[dict[str, Any]], out: Path) -> None:
             links = [path.name for path in plots.draw(machine, most=MOST_PLOTS)]
         except ImportError as error:
             text.append(f"No plots: {error}.")
-        text += [report.summary(machine), report.everything(machine, links)]
+        text += [standing.summary(machine), report.everything(machine, links)]
     schema.write_text(out / "report.md", "\n\n".join(text) + "\n")
 
 
