@@ -243,3 +243,9 @@ def folder_name(machine: dict[str, Any]) -> str:
     if machine["kind"] == "cpu":
         words += [str(machine["threads"]), "threads"]
     return "-".join(words)
+
+
+if __name__ == "__main__":  # the name of this machine's folder of results
+    _device = "cuda" if torch.cuda.is_available() else "cpu"
+    _found = _gpu() if _device == "cuda" else _cpu()
+    print(folder_name(_found | {"kind": _device, "threads": torch.get_num_threads()}))

@@ -309,7 +309,7 @@ def _case_table(case: Sequence[Row], header: bool) -> Any:
         table.add_column(name, justify="right", width=width, no_wrap=True)
     for row in sorted(case, key=lambda row: (row.ms or math.inf, not row.ours)):
         spread = "–" if row.ms is None else f"{number(row.ms_low)}–{number(row.ms_high)}"
-        faster = "–" if row.ratio is None else f"{row.ratio:.2f}"
+        faster = "–" if row.ratio is None else f"{row.ratio:.2f}" if row.ratio < 10 else number(row.ratio)
         cells = (number(row.ms), spread, percent(row.floor_share), faster, number(row.kept_mib), number(row.peak_mib))
         style = "bold" if row.ours else ""
         table.add_row(f"  {row.provider}", *cells, style=style)

@@ -196,6 +196,7 @@ def test_ctrl_c_and_on(tmp_path: Path, made: list[str], monkeypatch: pytest.Monk
     [
         ([], "all needs a folder for its result files: vitfast bench all --out DIR"),
         (["--out", "x", "--shapes", "B=1", "--against", "HEAD"], "--shapes, --against cannot go with all"),
+        (["--out", "x", "--preset", "growth"], "--preset can only be dry"),
         (["--out", "/proc/x"], "/proc/x"),
     ],
 )

@@ -83,18 +83,22 @@ def _all(args: argparse.Namespace) -> int:
     """Every suite; the report at the end, or at Ctrl-C, is of what there is."""
     if args.out is None:
         raise ValueError("all needs a folder for its result files: vitfast bench all --out DIR")
-    not_here = ("shapes", "direction", "preset", "longest", "timing", "check", "against")
+    not_here = ("shapes", "direction", "longest", "timing", "check", "against")
     if given := [f"--{name}" for name in not_here if getattr(args, name)]:
         raise ValueError(f"{', '.join(given)} cannot go with all; name one suite")
-    from vitfast.benchmarks import report, schema
-    from vitfast.benchmarks.everything import MINUTES, Everything
+    if args.preset not in (None, "dry"):
+        raise ValueError("all runs presets standard, growth, threads and smoke; --preset can only be dry")
+    from vitfast.benchmarks import everything, report, schema
     from vitfast.benchmarks.suites import Stopped
 
     device = options.device_of(args)
-    minutes = args.minutes or MINUTES
+    minutes = args.minutes or everything.MINUTES
+    steps = everything.DRY if args.preset == "dry" else everything.STEPS
     stopped = False
     try:
-        Everything(args.out, device, _command(), minutes, tuple(args.dtype), tuple(args.providers)).run()
+        everything.Everything(
+            args.out, device, _command(), minutes, tuple(args.dtype), tuple(args.providers), steps
+        ).run()
     except Stopped:
         stopped = True
     if not list(args.out.glob("*.json")):
