@@ -179,6 +179,7 @@ def _check(content: dict[str, Any], baseline: dict[str, Any]) -> int:
 def _against(args: argparse.Namespace, names: tuple[str, ...]) -> int:
     from vitfast.benchmarks import compare
 
+    options.prepare(names, args, "", None)  # wrong options show before minutes of building
     print(f"building {args.against} in a worktree of its own", file=sys.stderr)
     with compare.other_commit(args.against) as tree:
         now, then = compare.against(tree, [*names, *_run_arguments(args, names)])
