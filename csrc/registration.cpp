@@ -37,20 +37,24 @@ STABLE_TORCH_LIBRARY(vitfast_C, m) {
     m.def(
         "assemble_tokens(Tensor projected, Tensor? bias, Tensor? pos_embed, Tensor? prefix, Tensor(a!) tokens) -> ()");
     m.def(
-        "linear(Tensor x, Tensor weight, bool transposed, Tensor? bias, str activation, Tensor? residual, Tensor? "
-        "scale, "
-        "Tensor? drop_path, Tensor(a!)? before, Tensor(b!) out) -> ()");
+        "linear(Tensor x, Tensor weight, bool transposed, Tensor? packed, Tensor? bias, str activation, "
+        "Tensor? residual, Tensor? scale, Tensor? drop_path, Tensor(a!)? before, Tensor(b!) out) -> ()");
+    m.def("pack_linear_weight(Tensor weight, Tensor(a!) packed) -> ()");
     m.def(
         "int8_linear(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor packed, Tensor start, "
         "Tensor weight_scale, Tensor? bias, str activation, Tensor? residual, Tensor? scale, Tensor(a!) out) -> ()");
     m.def("linear_weight_grad(Tensor d_out, Tensor x, Tensor(a!) d_weight) -> ()");
     m.def(
-        "norm_attention_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor qkv_weight, Tensor? "
-        "qkv_bias, int heads, float scale, Tensor cu_seqlens, int max_seqlen, Tensor proj_weight, Tensor? proj_bias, "
-        "Tensor? proj_scale, Tensor(a!) out) -> ()");
+        "norm_attention_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor qkv_weight, "
+        "Tensor? qkv_packed, Tensor? qkv_bias, int heads, float scale, Tensor cu_seqlens, int max_seqlen, "
+        "Tensor proj_weight, Tensor? proj_packed, Tensor? proj_bias, Tensor? proj_scale, Tensor(a!) out) -> ()");
     m.def(
-        "norm_mlp_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor fc1_weight, Tensor? "
-        "fc1_bias, str activation, Tensor fc2_weight, Tensor? fc2_bias, Tensor? scale, Tensor(a!) out) -> ()");
+        "norm_mlp_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor fc1_weight, "
+        "Tensor? fc1_packed, Tensor? fc1_bias, str activation, Tensor fc2_weight, Tensor? fc2_packed, "
+        "Tensor? fc2_bias, Tensor? scale, Tensor(a!) out) -> ()");
+    m.def(
+        "blocks_forward(Tensor x, Tensor[] parameters, int heads, float scale, float eps, str activation, "
+        "Tensor cu_seqlens, int max_seqlen, Tensor(a!) out) -> ()");
     m.def("multiply_add_rate(str dtype, float seconds) -> float");
     m.def("cpu_capability() -> str");
     m.def("set_cpu_capability(str capability) -> ()");

@@ -7,6 +7,7 @@
 
 #include "forward.h"
 
+#define VITFAST_WITH_AMX
 #define VITFAST_KERNEL "attention_forward_kernel.h"
 #include "for_each_isa.h"
 

@@ -5,6 +5,7 @@
 
 #include "attention.h"
 
+#define VITFAST_WITH_AMX
 #define VITFAST_KERNEL "attention_backward_kernel.h"
 #include "for_each_isa.h"
 

@@ -13,6 +13,22 @@
 
 #include "isa.h"
 
+// What VITFAST_DISPATCH calls where the CPU has VNNI without bf16, or AMX. Only kernels that multiply 8-bit integers
+// have a version for the first, only those that multiply matrices one for the second (which needs GCC 11).
+#ifdef VITFAST_WITH_VNNI
+#define VITFAST_AVX512_VNNI avx512_vnni
+#else
+#define VITFAST_AVX512_VNNI avx512
+#endif
+#if defined(VITFAST_WITH_AMX) && __GNUC__ < 11
+#undef VITFAST_WITH_AMX
+#endif
+#ifdef VITFAST_WITH_AMX
+#define VITFAST_AMX_TILES amx
+#else
+#define VITFAST_AMX_TILES avx512_bf16
+#endif
+
 #if VITFAST_X86
 #include <immintrin.h>
 #endif
@@ -83,7 +99,7 @@ namespace vitfast::avx512_bf16 {
 #undef VITFAST_ISA
 #pragma GCC pop_options
 
-#if defined(VITFAST_WITH_AMX) && __GNUC__ >= 11
+#ifdef VITFAST_WITH_AMX
 #undef VITFAST_AMX
 #define VITFAST_AMX 1
 #pragma GCC push_options

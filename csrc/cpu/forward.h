@@ -7,8 +7,9 @@ namespace vitfast {
 
 void layer_norm_forward(Tensor x, OptionalTensor branch, OptionalTensor scale, OptionalTensor drop_path, Tensor weight,
                         Tensor bias, double eps, OptionalTensor total, Tensor normed, Tensor mean, Tensor rstd);
-void linear(Tensor x, Tensor weight, bool transposed, OptionalTensor bias, std::string activation,
-            OptionalTensor residual, OptionalTensor scale, OptionalTensor drop_path, OptionalTensor before, Tensor out);
+void linear(Tensor x, Tensor weight, bool transposed, OptionalTensor packed, OptionalTensor bias,
+            std::string activation, OptionalTensor residual, OptionalTensor scale, OptionalTensor drop_path,
+            OptionalTensor before, Tensor out);
 void activation_forward(Tensor h, std::string name, Tensor out);
 void attention_forward(Tensor qkv, double scale, OptionalTensor bias, OptionalTensor padding, OptionalTensor cos,
                        OptionalTensor sin, bool interleaved, std::string q_norm, std::string k_norm,

@@ -46,9 +46,10 @@ struct Ahead {
     int64_t lines;               // each time
     int64_t at = 0;
 
+    template <bool kToWrite = false>
     VITFAST_INLINE_MEMBER void fetch() {
         for (int64_t i = 0; i < lines && rows > 0; ++i) {
-            __builtin_prefetch(row + at, 0, 2);
+            __builtin_prefetch(row + at, kToWrite, kToWrite ? 3 : 2);
             at += 64;
             if (at < width) continue;
             at = 0;
@@ -117,10 +118,42 @@ VITFAST_INLINE void multiply_rows(int rows, Operand a, const uint32_t* panel, in
     }
 }
 
+// Transposes a kLanes x kLanes block in registers: log2(kLanes) rounds of interleaving row i with row i + kLanes / 2.
+VITFAST_INLINE void transpose(Vec rows[kLanes]) {
+    IVec low, high;
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+        low[i] = i / 2 + (i % 2) * kLanes;
+        high[i] = low[i] + kLanes / 2;
+    }
+#pragma GCC unroll 4
+    for (int round = 1; round < kLanes; round *= 2) {
+        Vec next[kLanes];
+#pragma GCC unroll 8
+        for (int i = 0; i < kLanes / 2; ++i) {
+            next[2 * i] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], low);
+            next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], high);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
+    }
+}
+
+#if VITFAST_AMX
+#include "amx_tiles.h"
+#endif
+
 // C[rows, columns] = (or +=) A[rows, words] * panel[words, columns]; columns is a multiple of kLanes.
 template <bool kPairs>
 void multiply(Operand a, const uint32_t* panel, int64_t rows, int64_t columns, int64_t words, float* c, int64_t c_row,
               bool add) {
+#if VITFAST_AMX
+    if constexpr (kPairs) {
+        int64_t configured = 0;
+        multiply_tiles(a, panel, columns, rows, columns, words, c, c_row, add, &configured);
+        return configure_tiles(0);
+    }
+#endif
     const int64_t depth_blocks = (words + kTileDepth - 1) / kTileDepth;
     const int64_t vectors = columns / kLanes, tiles = (vectors + kTileVecs - 1) / kTileVecs;
     const int64_t row_tiles = (rows + kTileRows - 1) / kTileRows;
@@ -221,27 +254,6 @@ Operand row_operand(const T* x, int64_t row_stride, int64_t rows, int64_t width,
     }
     pack_rows<kPairs>(x, row_stride, rows, width, scratch);
     return {scratch, words_for<kPairs>(width), 1};
-}
-
-// Transposes a kLanes x kLanes block in registers: log2(kLanes) rounds of interleaving row i with row i + kLanes / 2.
-VITFAST_INLINE void transpose(Vec rows[kLanes]) {
-    IVec low, high;
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-        low[i] = i / 2 + (i % 2) * kLanes;
-        high[i] = low[i] + kLanes / 2;
-    }
-#pragma GCC unroll 4
-    for (int round = 1; round < kLanes; round *= 2) {
-        Vec next[kLanes];
-#pragma GCC unroll 8
-        for (int i = 0; i < kLanes / 2; ++i) {
-            next[2 * i] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], low);
-            next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], high);
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
-    }
 }
 
 #if VITFAST_LEVEL >= 2

@@ -1,8 +1,11 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <vector>
+
 #include "forward.h"
 #include "isa.h"
+#include "scratch.h"
 
 // The two halves of a pre-norm block at inference, each in one call: nothing between its input and its output outlives
 // it, and for a small model the calls themselves would cost as much as the arithmetic. Shapes: T rows, D width,
@@ -13,34 +16,57 @@ namespace {
 constexpr auto kFloat = ScalarType::Float;
 constexpr auto kBFloat16 = ScalarType::BFloat16;
 
-Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-    return torch::stable::new_empty(like, {shape.begin(), shape.size()}, dtype);
-}
+// A tensor that lives during one call only.
+class Temporary {
+  public:
+    Temporary(std::initializer_list<int64_t> shape, ScalarType dtype)
+        : memory_(count(shape) * (dtype == kFloat ? 4 : 2)), tensor_(view(memory_.data(), shape, dtype)) {}
 
-// A vector of bf16 numbers as fp32.
-Tensor as_float(const char* name, const Tensor& x, int64_t size) {
-    check(name, x, Device::kCpu, {kFloat, kBFloat16}, {size});
+    const Tensor& operator*() const { return tensor_; }
+
+  private:
+    static int64_t count(std::initializer_list<int64_t> shape) {
+        int64_t product = 1;
+        for (const int64_t size : shape) product *= size;
+        return std::max<int64_t>(product, 1);
+    }
+
+    static Tensor view(void* data, std::initializer_list<int64_t> shape, ScalarType dtype) {
+        std::vector<int64_t> strides(shape.size());
+        int64_t stride = 1;
+        for (size_t axis = shape.size(); axis-- > 0; stride *= shape.begin()[axis]) strides[axis] = stride;
+        const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+        return torch::stable::from_blob(data, {shape.begin(), shape.size()}, {strides.data(), strides.size()}, cpu,
+                                        dtype);
+    }
+
+    KeptMemory memory_;
+    Tensor tensor_;
+};
+
+// A vector of bf16 numbers as fp32, in `wide`.
+Tensor as_float(const char* name, const Tensor& x, const Temporary& wide) {
+    check(name, x, Device::kCpu, {kFloat, kBFloat16}, {(*wide).size(0)});
     if (x.scalar_type() == kFloat) return x;
-    const Tensor wide = empty(x, {size}, kFloat);
     const uint16_t* const from = data<uint16_t>(x);
-    uint32_t* const to = mutable_data<uint32_t>(wide);
-    for (int64_t i = 0; i < size; ++i) to[i] = static_cast<uint32_t>(from[i]) << 16;
-    return wide;
+    uint32_t* const to = mutable_data<uint32_t>(*wide);
+    for (int64_t i = 0; i < x.size(0); ++i) to[i] = static_cast<uint32_t>(from[i]) << 16;
+    return *wide;
 }
 
-Tensor norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps, ScalarType dtype) {
+void norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps, const Temporary& normed) {
     const int64_t rows = x.size(0), width = x.size(1);
-    const Tensor normed = empty(x, {rows, width}, dtype), mean = empty(x, {rows}, kFloat),
-                 rstd = empty(x, {rows}, kFloat);
-    layer_norm_forward(x, {}, {}, {}, as_float("norm_weight", weight, width), as_float("norm_bias", bias, width), eps,
-                       {}, normed, mean, rstd);
-    return normed;
+    const Temporary mean({rows}, kFloat), rstd({rows}, kFloat), wide_weight({width}, kFloat),
+        wide_bias({width}, kFloat);
+    layer_norm_forward(x, {}, {}, {}, as_float("norm_weight", weight, wide_weight),
+                       as_float("norm_bias", bias, wide_bias), eps, {}, *normed, *mean, *rstd);
 }
 
 // out[T, D] = x + proj_scale * (attention(norm(x) qkv_weight^T + qkv_bias) proj_weight^T + proj_bias)
 void norm_attention_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, double eps, Tensor qkv_weight,
-                            OptionalTensor qkv_bias, int64_t heads, double scale, Tensor cu_seqlens, int64_t max_seqlen,
-                            Tensor proj_weight, OptionalTensor proj_bias, OptionalTensor proj_scale, Tensor out) {
+                            OptionalTensor qkv_packed, OptionalTensor qkv_bias, int64_t heads, double scale,
+                            Tensor cu_seqlens, int64_t max_seqlen, Tensor proj_weight, OptionalTensor proj_packed,
+                            OptionalTensor proj_bias, OptionalTensor proj_scale, Tensor out) {
     check("x", x, Device::kCpu, {kFloat, kBFloat16}, {-1, -1});
     const auto dtype = qkv_weight.scalar_type();
     const int64_t rows = x.size(0), outputs = qkv_weight.dim() == 2 ? qkv_weight.size(0) : 0;
@@ -48,33 +74,62 @@ void norm_attention_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, doub
         fail("qkv_weight has shape ", show_shape(qkv_weight), "; needed: a multiple of 3 * ", heads, " (heads) rows");
     }
     const int64_t head_dim = outputs / (3 * heads);
-    const Tensor qkv = empty(x, {rows, 3, heads, head_dim}, dtype), flat = torch::stable::view(qkv, {rows, outputs});
-    linear(norm(x, norm_weight, norm_bias, eps, dtype), qkv_weight, false, qkv_bias, "none", {}, {}, {}, {}, flat);
-    const Tensor attended = empty(x, {rows, heads, head_dim}, dtype), lse = empty(x, {heads, rows}, kFloat);
-    attention_forward(qkv, scale, {}, {}, {}, {}, false, "", "", {}, {}, {}, {}, 0.0, 0.0, cu_seqlens, max_seqlen,
-                      attended, lse);
-    linear(torch::stable::view(attended, {rows, heads * head_dim}), proj_weight, false, proj_bias, "none", x,
-           proj_scale, {}, {}, out);
+    const Temporary qkv({rows, 3, heads, head_dim}, dtype), attended({rows, heads, head_dim}, dtype);
+    const Temporary normed({rows, x.size(1)}, dtype), lse({heads, rows}, kFloat);
+    norm(x, norm_weight, norm_bias, eps, normed);
+    linear(*normed, qkv_weight, false, qkv_packed, qkv_bias, "none", {}, {}, {}, {},
+           torch::stable::view(*qkv, {rows, outputs}));
+    attention_forward(*qkv, scale, {}, {}, {}, {}, false, "", "", {}, {}, {}, {}, 0.0, 0.0, cu_seqlens, max_seqlen,
+                      *attended, *lse);
+    linear(torch::stable::view(*attended, {rows, heads * head_dim}), proj_weight, false, proj_packed, proj_bias, "none",
+           x, proj_scale, {}, {}, out);
 }
 
 // out[T, D] = x + scale * (activation(norm(x) fc1_weight^T + fc1_bias) fc2_weight^T + fc2_bias)
 void norm_mlp_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, double eps, Tensor fc1_weight,
-                      OptionalTensor fc1_bias, std::string activation, Tensor fc2_weight, OptionalTensor fc2_bias,
-                      OptionalTensor scale, Tensor out) {
+                      OptionalTensor fc1_packed, OptionalTensor fc1_bias, std::string activation, Tensor fc2_weight,
+                      OptionalTensor fc2_packed, OptionalTensor fc2_bias, OptionalTensor scale, Tensor out) {
     check("x", x, Device::kCpu, {kFloat, kBFloat16}, {-1, -1});
     check("fc1_weight", fc1_weight, Device::kCpu, {kFloat, kBFloat16}, {-1, x.size(1)});
     const auto dtype = fc1_weight.scalar_type();
     const int64_t rows = x.size(0);
-    const Tensor normed = norm(x, norm_weight, norm_bias, eps, dtype);
-    Tensor hidden = empty(x, {rows, fc1_weight.size(0)}, dtype);
     const bool gated = activation == "swiglu";  // joins columns that the product computes apart
-    linear(normed, fc1_weight, false, fc1_bias, gated ? "none" : activation, {}, {}, {}, {}, hidden);
-    if (gated) {
-        const Tensor joined = empty(x, {rows, fc1_weight.size(0) / 2}, dtype);
-        activation_forward(hidden, activation, joined);
-        hidden = joined;
+    const int64_t width = fc1_weight.size(0);
+    const Temporary normed({rows, x.size(1)}, dtype), hidden({rows, width}, dtype);
+    norm(x, norm_weight, norm_bias, eps, normed);
+    linear(*normed, fc1_weight, false, fc1_packed, fc1_bias, gated ? "none" : activation, {}, {}, {}, {}, *hidden);
+    const Temporary joined({rows, gated ? width / 2 : 0}, dtype);
+    if (gated) activation_forward(*hidden, activation, *joined);
+    linear(gated ? *joined : *hidden, fc2_weight, false, fc2_packed, fc2_bias, "none", x, scale, {}, {}, out);
+}
+
+// The parameters of one block, as blocks_forward is given them one after the other; an empty tensor stands for none.
+struct BlockParameters {
+    static constexpr size_t kCount = 18;
+    const Tensor* at;
+
+    const Tensor& get(size_t i) const { return at[i]; }
+    OptionalTensor maybe(size_t i) const { return at[i].numel() == 0 ? OptionalTensor() : OptionalTensor(at[i]); }
+};
+
+// out[T, D] = the blocks one after the other, each norm_attention_forward and then norm_mlp_forward. Parameters of
+// each: norm1 weight, bias; qkv weight, packed, bias; proj weight, packed, bias, scale; norm2 weight, bias; fc1 weight,
+// packed, bias; fc2 weight, packed, bias, scale.
+void blocks_forward(Tensor x, std::vector<Tensor> parameters, int64_t heads, double scale, double eps,
+                    std::string activation, Tensor cu_seqlens, int64_t max_seqlen, Tensor out) {
+    check("x", x, Device::kCpu, {kFloat, kBFloat16}, {-1, -1});
+    check("out", out, Device::kCpu, {x.scalar_type()}, {x.size(0), x.size(1)});
+    if (parameters.empty() || parameters.size() % BlockParameters::kCount != 0) {
+        fail("parameters has ", parameters.size(), " tensors; needed: ", BlockParameters::kCount, " for each block");
     }
-    linear(hidden, fc2_weight, false, fc2_bias, "none", x, scale, {}, {}, out);
+    const Temporary middle({x.size(0), x.size(1)}, x.scalar_type());
+    for (size_t first = 0; first < parameters.size(); first += BlockParameters::kCount) {
+        const BlockParameters p{parameters.data() + first};
+        norm_attention_forward(first == 0 ? x : out, p.get(0), p.get(1), eps, p.get(2), p.maybe(3), p.maybe(4), heads,
+                               scale, cu_seqlens, max_seqlen, p.get(5), p.maybe(6), p.maybe(7), p.maybe(8), *middle);
+        norm_mlp_forward(*middle, p.get(9), p.get(10), eps, p.get(11), p.maybe(12), p.maybe(13), activation, p.get(14),
+                         p.maybe(15), p.maybe(16), p.maybe(17), out);
+    }
 }
 
 }  // namespace
@@ -82,5 +137,6 @@ void norm_mlp_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, double eps
 
 STABLE_TORCH_LIBRARY_IMPL(vitfast_C, CPU, m) {
     m.impl("norm_attention_forward", TORCH_BOX(&vitfast::norm_attention_forward));
+    m.impl("blocks_forward", TORCH_BOX(&vitfast::blocks_forward));
     m.impl("norm_mlp_forward", TORCH_BOX(&vitfast::norm_mlp_forward));
 }

@@ -26,20 +26,7 @@ Capability cpu_capability();
 
 }  // namespace vitfast
 
-// Only kernels that multiply 8-bit integers have a version of their own for AVX-512 with VNNI and without bf16.
-#ifdef VITFAST_WITH_VNNI
-#define VITFAST_AVX512_VNNI avx512_vnni
-#else
-#define VITFAST_AVX512_VNNI avx512
-#endif
-
-// Only kernels that multiply matrices have a version of their own for AMX's tiles (needs GCC 11).
-#if defined(VITFAST_WITH_AMX) && __GNUC__ >= 11
-#define VITFAST_AMX_TILES amx
-#else
-#define VITFAST_AMX_TILES avx512_bf16
-#endif
-
+// VITFAST_AVX512_VNNI and VITFAST_AMX_TILES: see for_each_isa.h.
 #if VITFAST_X86
 #define VITFAST_DISPATCH(call)                   \
     switch (::vitfast::cpu_capability()) {       \

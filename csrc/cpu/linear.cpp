@@ -16,12 +16,14 @@ namespace vitfast {
 
 constexpr int64_t kDepth = 1536;     // words of a panel at a time: 384 KiB, with the rows' block inside 1 MiB of L2
 constexpr int64_t kBlockRows = 204;  // 34 register tiles: a panel read from L3 serves all of them; 197 tokens are one
+constexpr int64_t kTileBlockRows = 224;  // the same for AMX: 7 register blocks of 32 rows
 
 template <class Y>
 struct RightOperand {
     const Y* x;
     int64_t row_stride, outputs, inputs;
-    bool transposed;  // x[inputs, outputs] instead of x[outputs, inputs]
+    bool transposed;                   // x[inputs, outputs] instead of x[outputs, inputs]
+    const uint32_t* packed = nullptr;  // null, or all its panels one after the other
 };
 
 template <class X, class Y>
@@ -38,6 +40,10 @@ struct Product {
     X* out;
 };
 
+// The rows of x that one panel after the other passes should stay in L2 beside the panel, where products are so fast
+// that L3 could not deliver: half of 2 MiB, which every CPU with AMX has.
+constexpr int64_t kLeftBytes = 1 << 20;
+
 // A thread's scratch: one panel, the left operand's block of rows where it is packed, and its sums.
 struct Workspace {
     uint32_t *panel, *left;
@@ -46,6 +52,7 @@ struct Workspace {
 
 }  // namespace vitfast
 
+#define VITFAST_WITH_AMX
 #define VITFAST_KERNEL "linear_kernel.h"
 #include "for_each_isa.h"
 
@@ -65,10 +72,10 @@ void for_each_item(const Product<X, Y>& args, Split split, const Run& run) {
     std::atomic<int64_t> next{0};
     const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), items);
     torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-        const int64_t left = (kBlockRows + kPanelStep) * words;
-        Scratch scratch(kPanelColumns * (words + kBlockRows) + left);
+        const int64_t left = (kTileBlockRows + kPanelStep) * words;
+        Scratch scratch(kPanelColumns * (words + kTileBlockRows) + left);
         const Workspace workspace{scratch.take<uint32_t>(kPanelColumns * words), scratch.take<uint32_t>(left),
-                                  scratch.take<float>(kBlockRows * kPanelColumns)};
+                                  scratch.take<float>(kTileBlockRows * kPanelColumns)};
         for (int64_t i = next++; i < items; i = next++) {
             const int64_t block = i / split.parts, part = i % split.parts;
             run(args.rows * block / split.blocks, args.rows * (block + 1) / split.blocks, panels * part / split.parts,
@@ -77,17 +84,17 @@ void for_each_item(const Product<X, Y>& args, Split split, const Run& run) {
     });
 }
 
-// One panel per item, for all rows where that keeps the threads equally busy: every block of rows packs it again, which
-// costs as much as the product of about 7 rows.
-Split split_panels(int64_t rows, int64_t panels) {
-    constexpr double kPackingRows = 7;
-    constexpr int64_t kLeastRows = 24, kMostBlocks = 8;
+// One panel per item, for all rows where that keeps the threads equally busy: what every block of rows costs beside its
+// product is as much as the product of `extra` rows. most_rows: of a block.
+Split split_panels(int64_t rows, int64_t panels, int64_t most_rows, double extra) {
+    constexpr int64_t kLeastRows = 24, kMoreBlocks = 8;
     const int64_t threads = torch::stable::get_num_threads();
-    Split best{std::min<int64_t>(rows, 1), panels};
+    const int64_t fewest = std::max<int64_t>(1, (rows + most_rows - 1) / most_rows);
+    Split best{std::min(rows, fewest), panels};
     double best_time = std::numeric_limits<double>::infinity();
-    for (int64_t blocks = 1; blocks <= std::min(kMostBlocks, rows / kLeastRows); ++blocks) {
+    for (int64_t blocks = fewest; blocks < fewest + kMoreBlocks && blocks * kLeastRows <= rows; ++blocks) {
         const double turns = (blocks * panels + threads - 1) / threads;
-        const double time = turns * (static_cast<double>(rows) / blocks + kPackingRows);
+        const double time = turns * (static_cast<double>(rows) / blocks + extra);
         if (time < best_time) best = {blocks, panels};
         best_time = std::min(time, best_time);
     }
@@ -111,14 +118,37 @@ void with_dtype(const Tensor& x, const Run& run) {
     }
 }
 
+// 32-bit words of a packed weight [O, I].
+int64_t packed_words(int64_t inputs, int64_t outputs, ScalarType dtype) {
+    const int64_t bytes = dtype == ScalarType::Float ? 4 : 2;
+    return (inputs * bytes + 3) / 4 * ((outputs + kPanelStep - 1) / kPanelStep * kPanelStep);
+}
+
+// All panels of weight[O, I], one after the other, for products with few rows: packing costs them more than memory.
+void pack_linear_weight(Tensor weight, Tensor packed) {
+    check("weight", weight, Device::kCpu, {ScalarType::Float, ScalarType::BFloat16}, {-1, -1});
+    const int64_t outputs = weight.size(0), inputs = weight.size(1);
+    check("packed", packed, Device::kCpu, {ScalarType::Int}, {packed_words(inputs, outputs, weight.scalar_type())});
+    uint32_t* const words = mutable_data<uint32_t>(packed);
+    with_dtype(weight, [&](auto type) {
+        using Y = decltype(type);
+        const RightOperand<Y> right{data<Y>(weight), inputs, outputs, inputs, false};
+        const int64_t panel_words = (inputs * sizeof(Y) + 3) / 4 * kPanelColumns;
+        torch::stable::parallel_for(0, panels_of(outputs), 1, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) VITFAST_DISPATCH(pack_panel(right, i, words + i * panel_words));
+        });
+    });
+}
+
 }  // namespace
 
 // out[T, O] = act(x[T, I] W^T + bias), W = weight[O, I] or, transposed, weight[I, O]. bias[O] and scale[O] are fp32 or
 // bf16. before[T, O]: optionally the sum, as the activation sees it. With residual[T, O]: out = residual + drop_path *
 // scale * (x W^T + bias), drop_path[B] with T / B rows per sample.
-void linear(Tensor x, Tensor weight, bool transposed, OptionalTensor bias, std::string activation,
-            OptionalTensor residual, OptionalTensor scale, OptionalTensor drop_path, OptionalTensor before,
-            Tensor out) {
+// packed: the weight as pack_linear_weight makes it, or None: then panels of it are packed here.
+void linear(Tensor x, Tensor weight, bool transposed, OptionalTensor packed, OptionalTensor bias,
+            std::string activation, OptionalTensor residual, OptionalTensor scale, OptionalTensor drop_path,
+            OptionalTensor before, Tensor out) {
     check("x", x, Device::kCpu, {ScalarType::Float, ScalarType::BFloat16}, {-1, -1});
     const int64_t rows = x.size(0), inputs = x.size(1);
     const ScalarType narrow = x.scalar_type(), wide = residual.has_value() ? residual->scalar_type() : narrow;
@@ -131,6 +161,7 @@ void linear(Tensor x, Tensor weight, bool transposed, OptionalTensor bias, std::
     check("residual", residual, Device::kCpu, {ScalarType::Float, narrow}, {rows, outputs});
     check("before", before, Device::kCpu, {narrow}, {rows, outputs});
     check("drop_path", drop_path, Device::kCpu, {ScalarType::Float}, {-1});
+    check("packed", packed, Device::kCpu, {ScalarType::Int}, {packed_words(inputs, outputs, narrow)});
     check("out", out, Device::kCpu, {wide}, {rows, outputs});
     const Finish finish = finish_of(activation);
     if (finish != Finish::kNone && residual.has_value()) fail("residual goes with activation \"none\" only");
@@ -158,8 +189,11 @@ void linear(Tensor x, Tensor weight, bool transposed, OptionalTensor bias, std::
                                  data<float>(drop_path),
                                  samples == 0 ? 1 : rows / samples,
                                  mutable_data<X>(out)};
-        const RightOperand<Y> right{data<Y>(weight), weight.size(1), outputs, inputs, transposed};
-        const Split split = split_panels(rows, panels_of(outputs));
+        const RightOperand<Y> right{data<Y>(weight), weight.size(1), outputs,
+                                    inputs,          transposed,     data<uint32_t>(packed)};
+        const bool tiles = std::is_same_v<Y, bf16> && cpu_capability() == Capability::kAmx;
+        const int64_t most_rows = tiles ? kLeftBytes / (inputs * sizeof(Y) + 1) + 1 : rows + 1;
+        const Split split = split_panels(rows, panels_of(outputs), most_rows, packed.has_value() ? 0 : tiles ? 30 : 7);
         const int64_t threads = torch::stable::get_num_threads();
         for_each_item(args, split, [&](int64_t begin, int64_t end, int64_t panel, int64_t, const Workspace& workspace) {
             // Which item comes next is not known: if all threads are equally fast, it is this one.
@@ -213,5 +247,6 @@ void linear_weight_grad(Tensor d_out, Tensor x, Tensor d_weight) {
 
 STABLE_TORCH_LIBRARY_IMPL(vitfast_C, CPU, m) {
     m.impl("linear", TORCH_BOX(&vitfast::linear));
+    m.impl("pack_linear_weight", TORCH_BOX(&vitfast::pack_linear_weight));
     m.impl("linear_weight_grad", TORCH_BOX(&vitfast::linear_weight_grad));
 }

@@ -31,24 +31,26 @@ template <class Activation, class X, class Y>
 void finish_rows(const Product<X, Y>& a, const float* sums, int64_t row, int64_t rows, int64_t first, int64_t count) {
     constexpr bool kActivates = !std::is_void_v<Activation>;
     const bool biased = a.bias.as_float || a.bias.as_bf16, scaled = a.scale.as_float || a.scale.as_bf16;
-    for (int64_t i = 0; i < rows; ++i) {
-        const int64_t start = (row + i) * a.outputs + first;
-        const Vec kept = broadcast(a.drop_path ? a.drop_path[(row + i) / a.rows_per_sample] : 1.0f);
-        for (int64_t j = 0; j < count; j += kLanes) {
-            const int64_t n = count - j;
+    for (int64_t j = 0; j < count; j += kLanes) {
+        const int64_t n = count - j;
+        const Vec bias = biased ? load(a.bias, first + j, n) : Vec{},
+                  scale = scaled ? load(a.scale, first + j, n) : Vec{};
+        for (int64_t i = 0; i < rows; ++i) {
+            const int64_t at = (row + i) * a.outputs + first + j;
             Vec value = load(sums + i * kPanelColumns + j);
-            if (biased) value += load(a.bias, first + j, n);
+            if (biased) value += bias;
             if constexpr (kActivates) {
                 if (a.before) {
-                    store(a.before + start + j, value, n);
-                    value = load(a.before + start + j, n);  // as backward will see it
+                    store(a.before + at, value, n);
+                    value = load(a.before + at, n);  // as backward will see it
                 }
                 value = Activation::value(value);
             } else if (a.residual) {
-                if (scaled) value *= load(a.scale, first + j, n);
-                value = fma(value, kept, load(a.residual + start + j, n));
+                if (scaled) value *= scale;
+                const float kept = a.drop_path ? a.drop_path[(row + i) / a.rows_per_sample] : 1.0f;
+                value = fma(value, broadcast(kept), load(a.residual + at, n));
             }
-            store(a.out + start + j, value, n);
+            store(a.out + at, value, n);
         }
     }
 }
@@ -82,12 +84,56 @@ VITFAST_INLINE void multiply_vectors(int64_t vectors, int rows, Operand a, const
     }
 }
 
+#if VITFAST_AMX
+// What the outputs of rows [row, row + rows) and columns [first, first + count) need, fetched in `times` times.
+template <class X>
+void stream_outputs(const Product<X, bf16>& a, int64_t row, int64_t rows, int64_t first, int64_t count, int64_t times,
+                    Streams* streams) {
+    const int64_t start = row * a.outputs + first, width = count * sizeof(X), pitch = a.outputs * sizeof(X);
+    const int64_t lines = rows * ((width + 63) / 64) / times + 1;
+    streams->outputs = {reinterpret_cast<const char*>(a.out + start), rows, width, pitch, lines};
+    if (a.residual) streams->residual = {reinterpret_cast<const char*>(a.residual + start), rows, width, pitch, lines};
+}
+
+// multiply_panel by tiles: kGroupWords of the panel stay in L1 while the rows pass, their sums in L2 meanwhile.
+template <class X>
+void multiply_panel_by_tiles(const Product<X, bf16>& a, Operand left, int64_t begin, int64_t rows, int64_t index,
+                             const uint32_t* right, float* sums, Ahead* ahead) {
+    const int64_t words = words_for<true>(a.inputs), columns = panel_columns(a.outputs, index);
+    const int64_t first = index * kPanelColumns, count = std::min(kPanelColumns, a.outputs - first);
+    const int64_t steps = (words + kTile - 1) / kTile,
+                  parts = std::max<int64_t>(1, (words + kGroupWords - 1) / kGroupWords);
+    Streams streams{ahead ? *ahead : Ahead{}, {}, {}};
+    if (words == 0) std::fill(sums, sums + rows * kPanelColumns, 0.0f);
+    int64_t configured = 0;
+    for (int64_t part = 0; part < parts; ++part) {
+        const int64_t from = steps * part / parts * kTile, to = std::min(words, steps * (part + 1) / parts * kTile);
+        for (int64_t m = 0; m < rows; m += kBlockHeight) {
+            const int64_t height = std::min(rows - m, kBlockHeight);
+            const Operand block{left.data + m * left.row + from * left.word, left.row, left.word};
+            float* const tile_sums = sums + m * kPanelColumns;
+            const bool last = part == parts - 1;
+            if (last)
+                stream_outputs(a, begin + m, height, first, count, std::max<int64_t>(1, (to - from) / 8), &streams);
+            multiply_tiles(block, right + from * columns, columns, height, columns, to - from, tile_sums, kPanelColumns,
+                           part > 0, &configured, &streams);
+            if (last) finish_rows(a, tile_sums, begin + m, height, first, count);
+        }
+    }
+    configure_tiles(0);
+    if (ahead) *ahead = streams.panel;
+}
+#endif
+
 // Output rows [begin, begin + rows) and the columns of panel `index`; left: the left operand from row `begin` on;
 // sums: kBlockRows * kPanelColumns numbers of scratch.
 template <class X, class Y>
 void multiply_panel(const Product<X, Y>& a, Operand left, int64_t begin, int64_t rows, int64_t index,
                     const uint32_t* right, float* sums, Ahead* ahead) {
     constexpr bool kPairs = kInPairs<Y>;
+#if VITFAST_AMX
+    if constexpr (kPairs) return multiply_panel_by_tiles(a, left, begin, rows, index, right, sums, ahead);
+#endif
     const int64_t words = words_for<kPairs>(a.inputs), columns = panel_columns(a.outputs, index);
     const int64_t first = index * kPanelColumns, count = std::min(kPanelColumns, a.outputs - first);
     const int64_t blocks = std::max<int64_t>(1, (words + kDepth - 1) / kDepth),
@@ -126,30 +172,40 @@ Operand left_rows(const Product<X, Y>& a, int64_t begin, int64_t rows, uint32_t*
     return {scratch, 1, columns};
 }
 
-// Panel `index` as memory to fetch ahead during `tiles` tiles of `words` words.
+// Panel `index` of `words` words as memory to fetch in `times` times.
 template <class Y>
-Ahead fetch_panel(const RightOperand<Y>& right, int64_t index, int64_t tiles, int64_t words) {
+Ahead fetch_panel(const RightOperand<Y>& right, int64_t index, int64_t words, int64_t times) {
     const int64_t first = index * kPanelColumns, count = std::min(kPanelColumns, right.outputs - first);
     if (count <= 0) return {nullptr, 0, 0, 0, 0};
+    if (right.packed) {
+        const int64_t bytes = panel_columns(right.outputs, index) * words * 4;
+        return {reinterpret_cast<const char*>(right.packed + first * words), 1, bytes, 0, bytes / 64 / times + 1};
+    }
     const int64_t rows = right.transposed ? right.inputs : count, width = right.transposed ? count : right.inputs;
-    const int64_t lines = rows * (width * sizeof(Y) / 64 + 1),
-                  times = tiles * ((words + kAheadWords - 1) / kAheadWords);
+    const int64_t lines = rows * (width * sizeof(Y) / 64 + 1);
     const Y* const start = right.x + (right.transposed ? first : first * right.row_stride);
     return {reinterpret_cast<const char*>(start), rows, int64_t(width * sizeof(Y)),
-            int64_t(right.row_stride * sizeof(Y)), lines / std::max<int64_t>(times, 1) + 1};
+            int64_t(right.row_stride * sizeof(Y)), lines / times + 1};
 }
 
-// Output rows [begin, end) of panel `index`, which is packed first; meanwhile panel `next` comes closer.
+// Output rows [begin, end) of panel `index`, which is packed first if it is not yet; meanwhile panel `next` comes
+// closer.
 template <class X, class Y>
 void pack_and_multiply(const Product<X, Y>& a, const RightOperand<Y>& right, int64_t begin, int64_t end, int64_t index,
                        int64_t next, const Workspace& w) {
-    const int64_t blocks = (end - begin + kBlockRows - 1) / kBlockRows;
-    Ahead ahead = fetch_panel(right, next, (end - begin + kTileRows - 1) / kTileRows, words_for<kInPairs<Y>>(a.inputs));
-    pack_panel(right, index, w.panel);
+    constexpr bool kTiles = VITFAST_AMX && kInPairs<Y>;
+    constexpr int64_t kStep = kTiles ? 32 : kTileRows, kMost = kTiles ? kTileBlockRows : kBlockRows;
+    const int64_t words = words_for<kInPairs<Y>>(a.inputs), steps = (end - begin + kStep - 1) / kStep;
+    // How often a product fetches: for each of its register blocks, the tiles' of half a panel's columns.
+    const int64_t times = kTiles ? steps * 2 * ((words + 15) / 16) : steps * ((words + kAheadWords - 1) / kAheadWords);
+    Ahead ahead = fetch_panel(right, next, words, std::max<int64_t>(times, 1));
+    if (!right.packed) pack_panel(right, index, w.panel);
+    const uint32_t* const panel = right.packed ? right.packed + index * kPanelColumns * words : w.panel;
+    const int64_t blocks = (steps * kStep + kMost - 1) / kMost;
     for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t from = begin + (end - begin) * block / blocks;
-        const int64_t rows = begin + (end - begin) * (block + 1) / blocks - from;
-        multiply_panel(a, left_rows(a, from, rows, w.left), from, rows, index, w.panel, w.sums, &ahead);
+        const int64_t from = begin + steps * block / blocks * kStep;
+        const int64_t rows = std::min(end, begin + steps * (block + 1) / blocks * kStep) - from;
+        multiply_panel(a, left_rows(a, from, rows, w.left), from, rows, index, panel, w.sums, &ahead);
     }
 }
 

@@ -24,6 +24,7 @@ from vitfast.layers.patch_dropout import PatchDropout
 from vitfast.layers.patch_embed import PatchEmbed
 from vitfast.layers.resample import resample_pos_embed
 from vitfast.layers.rope import RotaryEmbedding
+from vitfast.layers.stack import BlockStack
 from vitfast.layers.token_merging import MERGING_BLOCKS
 from vitfast.layers.tokens import FULL, Tokens, additive
 from vitfast.layers.untouched import watched
@@ -70,6 +71,7 @@ class VisionTransformer(nn.Module):
         self.rope = _rotary_embedding(config)
         self.norm_pre: nn.Module = self._norm() if config.pre_norm else nn.Identity()
         self.blocks = nn.Sequential(*_blocks(config))
+        self._stack = BlockStack()
         self.norm: nn.Module = self._norm() if config.final_norm and not config.norm_after_pool else nn.Identity()
         self.attn_pool: AttentionPoolLatent | None = (
             AttentionPoolLatent(
@@ -156,11 +158,15 @@ class VisionTransformer(nn.Module):
     ) -> tuple[Tensor, Tokens]:
         """Tokens after the final norm; ``for_head``: the class token alone [B, 1, D] where the head reads no other."""
         x_BLD, tokens = self.start(images_BCHW, attn_mask, key_padding_mask)
-        last = len(self.blocks) - 1
-        block: Any
-        for i, block in enumerate(self.blocks):
-            enough = i == last and for_head and self._class_token_is_enough(block, tokens)
-            x_BLD, tokens = self.run_block(i, block.class_token if enough else block, x_BLD, tokens)
+        blocks: list[Any] = list(self.blocks)
+        enough = for_head and bool(blocks) and self._class_token_is_enough(blocks[-1], tokens)
+        whole = blocks[:-1] if enough else blocks
+        together = None if watched(self.blocks) else self._stack.run(whole, x_BLD, tokens, self.config.backend)
+        if together is not None:
+            x_BLD, blocks = together, blocks[len(whole) :]
+        for i, block in enumerate(blocks, start=len(self.blocks) - len(blocks)):
+            last = enough and i == len(self.blocks) - 1
+            x_BLD, tokens = self.run_block(i, block.class_token if last else block, x_BLD, tokens)
         return self.norm(x_BLD), tokens
 
     def _class_token_is_enough(self, block: Any, tokens: Tokens) -> bool:

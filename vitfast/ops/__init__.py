@@ -6,7 +6,7 @@ from .dispatch import backends
 from .heads import HeadNorm, Rope
 from .int8_linear import int8_linear
 from .layer_norm import add_layer_norm, layer_norm
-from .library import extension_status
+from .library import extension_status, runs_unwatched
 from .linear import linear
 from .linear_residual import linear_residual
 from .mlp import mlp
@@ -31,5 +31,6 @@ __all__ = [
     "norm_linear",
     "norm_mlp",
     "patch_embed",
+    "runs_unwatched",
     "weight_cache",
 ]

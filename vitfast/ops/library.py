@@ -51,18 +51,18 @@ def register(
     op = getattr(torch.ops.vitfast, name).default
 
     def call(*args: Any) -> Any:
-        if args[-1] == COMPOSITE or _unwatched(args):
+        if args[-1] == COMPOSITE or runs_unwatched(*args):
             return run(*args)
         return run(*args[:-1], COMPOSITE) if _sees_only_pytorch() else op(*args)
 
     def call_gradient(*args: Any) -> Any:
-        return run(*args) if _unwatched(args) else op(*args)
+        return run(*args) if runs_unwatched(*args) else op(*args)
 
     return call_gradient if name.endswith("_backward") else call
 
 
-def _unwatched(args: tuple[Any, ...]) -> bool:
-    """Whether only the kernels could tell that the op was not dispatched."""
+def runs_unwatched(*args: Any) -> bool:
+    """Whether only the kernels could tell that an op with these arguments was not dispatched."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:

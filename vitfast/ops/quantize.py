@@ -14,7 +14,7 @@ from torch.nn import functional as nn_functional
 
 LEVELS = 127
 _LEAST_MAGNITUDE = 1e-30  # so that LEVELS / magnitude is finite; a row of less becomes 0
-_PANEL_COLUMNS, _PANEL_STEP = 64, 16  # as in csrc/cpu/linear.h
+PANEL_COLUMNS, PANEL_STEP = 64, 16  # as in csrc/cpu/linear.h
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,8 +43,8 @@ def pack_weight(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     integers, scale = quantize_rows(weight.contiguous())
     outputs, inputs = weight.shape
-    padded = nn_functional.pad(integers.to(torch.int8), (0, -inputs % 4, 0, -outputs % _PANEL_STEP))
+    padded = nn_functional.pad(integers.to(torch.int8), (0, -inputs % 4, 0, -outputs % PANEL_STEP))
     words = padded.view(torch.int32) if inputs else padded.new_empty(padded.shape[0], 0, dtype=torch.int32)
-    panels = [panel.t().flatten() for panel in words.split(_PANEL_COLUMNS)]
+    panels = [panel.t().flatten() for panel in words.split(PANEL_COLUMNS)]
     packed = torch.cat(panels) if panels else words.flatten()
     return packed, -128 * padded.sum(1, dtype=torch.int32), scale.flatten()

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .arguments import POINTWISE, nothing
-from .quantize import pack_weight
+from .quantize import PANEL_STEP, pack_weight
 from .raw import RawKernels, even_lengths, f32
-from .weight_cache import derived
+from .weight_cache import Kept, derived, kept
 
 
 class CpuKernels(RawKernels):
@@ -22,12 +22,14 @@ class CpuKernels(RawKernels):
         self.own_dtypes = {torch.float32} if capability.startswith("avx512") or capability == "amx" else set()
         if capability in ("avx512_bf16", "amx"):
             self.own_dtypes.add(torch.bfloat16)
+        # Where packing a weight would take longer than memory is worth.
+        self.packed_dtypes = {torch.bfloat16} if capability == "amx" else set()
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if x.dtype not in self.own_dtypes:
             return super().linear(x, weight, bias)
         out = x.new_empty(x.shape[0], weight.shape[0])
-        self._linear(x, weight, False, bias, "none", None, None, None, None, out)
+        self._linear(x, weight, False, None, bias, "none", None, None, None, None, out)
         return out
 
     def linear_activation(
@@ -37,7 +39,7 @@ class CpuKernels(RawKernels):
             return super().linear_activation(x, weight, bias, kind, keep)
         act = x.new_empty(x.shape[0], weight.shape[0])
         before = torch.empty_like(act) if keep else None
-        self._linear(x, weight, False, bias, kind, None, None, None, before, act)
+        self._linear(x, weight, False, None, bias, kind, None, None, None, before, act)
         return act, nothing(act) if before is None else before
 
     def linear_residual(
@@ -52,7 +54,7 @@ class CpuKernels(RawKernels):
         if x.dtype not in self.own_dtypes or residual.dtype not in (x.dtype, torch.float32):
             return super().linear_residual(residual, x, weight, bias, scale, drop_path)
         total = torch.empty_like(residual)
-        self._linear(x, weight, False, bias, "none", residual, scale, f32(drop_path), None, total)
+        self._linear(x, weight, False, None, bias, "none", residual, scale, f32(drop_path), None, total)
         return total
 
     def norm_attention(
@@ -65,17 +67,21 @@ class CpuKernels(RawKernels):
         qkv_bias: Tensor | None,
         heads: int,
         scale: float,
-        *proj: Any,
+        proj_weight: Tensor,
+        proj_bias: Tensor | None,
+        proj_scale: Tensor | None,
     ) -> Tensor:
         if qkv_weight.dtype not in self.own_dtypes:
+            proj = proj_weight, proj_bias, proj_scale
             return super().norm_attention(x, norm_weight, norm_bias, eps, qkv_weight, qkv_bias, heads, scale, *proj)
         out = torch.empty_like(x)
         B, L, D = x.shape
         lengths = even_lengths(B, L, x.device), L
-        weights = norm_weight, norm_bias, eps, qkv_weight.contiguous(), qkv_bias
+        qkv = *self._constant(qkv_weight), qkv_bias
         self.functions.norm_attention_forward(
-            x.view(B * L, D), *weights, heads, scale, *lengths, proj[0].contiguous(), *proj[1:], out.view(B * L, D)
-        )
+            x.view(B * L, D), norm_weight, norm_bias, eps, *qkv, heads, scale, *lengths, *self._constant(proj_weight),
+            proj_bias, proj_scale, out.view(B * L, D),
+        )  # fmt: skip
         return out
 
     def norm_mlp(
@@ -95,8 +101,19 @@ class CpuKernels(RawKernels):
         if fc1_weight.dtype not in self.own_dtypes:
             return super().norm_mlp(x, *norm, fc1_weight, fc1_bias, activation, fc2_weight, fc2_bias, scale)
         out = torch.empty_like(x)
-        fc1, fc2 = (fc1_weight.contiguous(), fc1_bias), (fc2_weight.contiguous(), fc2_bias)
+        fc1, fc2 = (*self._constant(fc1_weight), fc1_bias), (*self._constant(fc2_weight), fc2_bias)
         self.functions.norm_mlp_forward(x, *norm, *fc1, activation, *fc2, scale, out)
+        return out
+
+    def blocks(
+        self, x: Tensor, parameters: list[Tensor], heads: int, scale: float, eps: float, activation: str
+    ) -> Tensor:
+        """Plain pre-norm blocks on x [B, L, D]; parameters: 18 of each block, as csrc/cpu/halves.cpp lists them."""
+        out = torch.empty_like(x)
+        B, L, D = x.shape
+        lengths = even_lengths(B, L, x.device), L
+        flat = x.view(B * L, D), out.view(B * L, D)
+        self.functions.blocks_forward(flat[0], parameters, heads, scale, eps, activation, *lengths, flat[1])
         return out
 
     def int8_linear(
@@ -122,7 +139,7 @@ class CpuKernels(RawKernels):
         if d_out.dtype not in self.own_dtypes:
             return super().input_grad(d_out, weight)
         d_x = d_out.new_empty(d_out.shape[0], weight.shape[1])
-        self._linear(d_out, weight, True, None, "none", None, None, None, None, d_x)
+        self._linear(d_out, weight, True, None, None, "none", None, None, None, None, d_x)
         return d_x
 
     def weight_grad(self, d_out: Tensor, x: Tensor) -> Tensor:
@@ -131,6 +148,24 @@ class CpuKernels(RawKernels):
         d_weight = d_out.new_empty(d_out.shape[1], x.shape[1])
         self.functions.linear_weight_grad(d_out, x, d_weight)
         return d_weight
+
+    def _constant(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A weight that inference uses again and again, and its panels where they are worth the memory: its size again."""
+        weight = weight.contiguous()
+        panels = self.panels(weight)
+        return weight, None if panels is None else panels.value
+
+    def panels(self, weight: Tensor) -> Kept | None:
+        """A contiguous weight packed for products, as kept from an earlier call or from now on; None: not worth it, or not kept."""
+        if weight.dtype not in self.packed_dtypes:
+            return None
+        return kept(weight, "panels", self._pack, weight.numel() * weight.element_size())
+
+    def _pack(self, weight: Tensor) -> Tensor:
+        outputs, words = weight.shape[0], (weight.shape[1] * weight.element_size() + 3) // 4
+        packed = weight.new_empty(-(-outputs // PANEL_STEP) * PANEL_STEP * words, dtype=torch.int32)
+        self.functions.pack_linear_weight(weight, packed)
+        return packed
 
     def _linear(self, x: Tensor, weight: Tensor, transposed: bool, *rest: Any) -> None:
         self.functions.linear(x.contiguous(), weight.contiguous(), transposed, *rest)

@@ -28,22 +28,27 @@ _SAMPLES = 8  # words of 64 bits, evenly spread
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Kept:
+    """A value, and what its weight was when it was made."""
+
     value: Any
     nbytes: int
+    dtype: torch.dtype
     version: int
     address: int
     words: tuple[ctypes.c_uint64, ...]  # in the weight's own memory
     seen: list[int]  # what they were when the value was made
 
     def fits(self, weight: Tensor) -> bool:
+        """Whether the weight is still what the value was made from."""
         same_place = self.version == weight._version and self.address == weight.data_ptr()
-        return same_place and [word.value for word in self.words] == self.seen
+        return same_place and self.dtype == weight.dtype and [word.value for word in self.words] == self.seen
 
 
 _lock = threading.RLock()
-_entries: weakref.WeakKeyDictionary[torch.UntypedStorage, dict[Hashable, _Entry]] = weakref.WeakKeyDictionary()
+_entries: weakref.WeakKeyDictionary[torch.UntypedStorage, dict[Hashable, Kept]] = weakref.WeakKeyDictionary()
 _limit: int | None = None
+_generation = 0
 
 
 def derived(weight: Tensor, kind: Hashable, make: Callable[[Tensor], Value]) -> Value:
@@ -63,26 +68,42 @@ def derived(weight: Tensor, kind: Hashable, make: Callable[[Tensor], Value]) -> 
         no plain tensor (FakeTensor, DTensor, functorch) or is being traced, or the value is a view of the weight; and
         where it does not fit under the limit.
     """
-    if torch.is_grad_enabled() and weight.requires_grad:
-        return make(weight)
-    if _limit == 0 or not _can_keep(weight):
-        return make(weight)
+    entry = kept(weight, kind, make)
+    return make(weight) if entry is None else entry.value
+
+
+def kept(weight: Tensor, kind: Hashable, make: Callable[[Tensor], Any], nbytes: int = 0) -> Kept | None:
+    """As ``derived``, for callers that can do without the value: None where it would not be kept.
+
+    nbytes: of the value, where known beforehand, so that it is not made in vain if it does not fit under the limit. The entry
+    is good as long as it ``fits`` the weight and ``generation()`` stays the same.
+    """
+    if (torch.is_grad_enabled() and weight.requires_grad) or _limit == 0 or not _can_keep(weight):
+        return None
     storage = weight.untyped_storage()
     key = (kind, weight.dtype, weight.shape, weight.stride(), weight.storage_offset())
-    kept = _entries.get(storage)
-    entry = None if kept is None else kept.get(key)
+    of_storage = _entries.get(storage)
+    entry = None if of_storage is None else of_storage.get(key)
     if entry is not None and entry.fits(weight):
-        return entry.value
+        return entry
     with _lock:  # one thread makes it, the others wait for it
-        kept = _entries.get(storage, {})
-        entry = kept.pop(key, None)
+        of_storage = _entries.get(storage, {})
+        entry = of_storage.pop(key, None)
         if entry is None or not entry.fits(weight):
             del entry  # the old value, before the new one needs room
+            if _limit is not None and size_bytes() + nbytes > _limit:
+                return None
             entry = _make_entry(weight, make)
         shared = any(t.untyped_storage() is storage for t in _tensors(entry.value))
-        if not shared and (_limit is None or size_bytes() + entry.nbytes <= _limit):
-            _entries.setdefault(storage, {})[key] = entry
-        return entry.value
+        if shared or (_limit is not None and size_bytes() + entry.nbytes > _limit):
+            return None
+        _entries.setdefault(storage, {})[key] = entry
+        return entry
+
+
+def generation() -> int:
+    """Grows with ``clear`` and ``limit_bytes``: who holds a kept value for longer than a call lets go of it then."""
+    return _generation
 
 
 def limit_bytes(limit: int | None) -> None:
@@ -93,31 +114,34 @@ def limit_bytes(limit: int | None) -> None:
     Raises:
         ValueError: ``limit`` is negative.
     """
-    global _limit
+    global _limit, _generation
     if limit is not None and limit < 0:
         raise ValueError(f"limit is {limit}; allowed are 0 or more bytes, or None")
     with _lock:
         _limit = limit
+        _generation += 1
         if limit is None:
             return
         total = 0
-        for kept in list(_entries.values()):
-            for key, entry in list(kept.items()):
+        for of_storage in list(_entries.values()):
+            for key, entry in list(of_storage.items()):
                 total += entry.nbytes
                 if total > limit:
-                    del kept[key]
+                    del of_storage[key]
                     total -= entry.nbytes
 
 
 def size_bytes() -> int:
     """Bytes of all kept values."""
     with _lock:
-        return sum(entry.nbytes for kept in list(_entries.values()) for entry in kept.values())
+        return sum(entry.nbytes for of_storage in list(_entries.values()) for entry in of_storage.values())
 
 
 def clear() -> None:
     """Drop every kept value; needed after changing part of a weight through ``.data`` or NumPy."""
+    global _generation
     with _lock:
+        _generation += 1
         _entries.clear()
 
 
@@ -130,13 +154,13 @@ def _can_keep(weight: Tensor) -> bool:
     return not torch._C._functorch.is_functorch_wrapped_tensor(weight)
 
 
-def _make_entry(weight: Tensor, make: Callable[[Tensor], Any]) -> _Entry:
+def _make_entry(weight: Tensor, make: Callable[[Tensor], Any]) -> Kept:
     version, address, words = weight._version, weight.data_ptr(), _words(weight)
     seen = [word.value for word in words]  # before making: a change meanwhile shows at the next call
     with torch.inference_mode(False), torch.no_grad():
         value = make(weight.detach())
     nbytes = sum(t.untyped_storage().nbytes() for t in _tensors(value))
-    return _Entry(value, nbytes, version, address, words, seen)
+    return Kept(value, nbytes, weight.dtype, version, address, words, seen)
 
 
 def _words(weight: Tensor) -> tuple[ctypes.c_uint64, ...]:
