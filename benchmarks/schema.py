@@ -196,9 +196,11 @@ def read(path: str | Path) -> dict[str, Any]:
 
 
 def write(path: str | Path, content: dict[str, Any]) -> None:
-    """Check, then write: the file is whole or as it was."""
+    """Check, then write, a row a line: the file is whole or as it was."""
     validate(content)
-    write_text(path, json.dumps(content, indent=1) + "\n")
+    text = json.dumps(content | {"rows": []}, indent=1)
+    rows = ",\n".join(f"  {json.dumps(row, ensure_ascii=False)}" for row in content["rows"])
+    write_text(path, (text.replace('\n "rows": []', f'\n "rows": [\n{rows}\n ]', 1) if rows else text) + "\n")
 
 
 def write_text(path: str | Path, text: str) -> None:
