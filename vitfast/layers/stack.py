@@ -70,9 +70,9 @@ class _Plan:
             return None
         if len({_attributes(block) for block in blocks}) != 1:
             return None
-        dtype = blocks[0].attn.qkv.weight.dtype  # type: ignore[union-attr]
+        dtype = next(blocks[0].attn.parameters()).dtype  # type: ignore[union-attr, operator]
         kernels = choose("norm_attention", x_BLD, backend, dtype)
-        return cls(blocks, kernels) if getattr(kernels, "own_dtypes", ()) and dtype in kernels.own_dtypes else None
+        return cls(blocks, kernels) if dtype in getattr(kernels, "own_dtypes", ()) else None
 
     def _parameters(self, block: Any) -> Iterable[Tensor | None]:
         attn, mlp, (scale1, scale2) = block.attn, block.mlp, block.scales()

@@ -68,37 +68,48 @@ def derived(weight: Tensor, kind: Hashable, make: Callable[[Tensor], Value]) -> 
         no plain tensor (FakeTensor, DTensor, functorch) or is being traced, or the value is a view of the weight; and
         where it does not fit under the limit.
     """
-    entry = kept(weight, kind, make)
-    return make(weight) if entry is None else entry.value
+    if not _may_keep(weight):
+        return make(weight)
+    entry, _ = _find_or_make(weight, kind, make)
+    return entry.value
 
 
-def kept(weight: Tensor, kind: Hashable, make: Callable[[Tensor], Any], nbytes: int = 0) -> Kept | None:
+def kept(weight: Tensor, kind: Hashable, make: Callable[[Tensor], Any], nbytes: int) -> Kept | None:
     """As ``derived``, for callers that can do without the value: None where it would not be kept.
 
-    nbytes: of the value, where known beforehand, so that it is not made in vain if it does not fit under the limit. The entry
-    is good as long as it ``fits`` the weight and ``generation()`` stays the same.
+    nbytes: of the value, so that it is not made in vain where it does not fit under the limit. The entry is good as long as it
+    ``fits`` the weight and ``generation()`` stays the same.
     """
-    if (torch.is_grad_enabled() and weight.requires_grad) or _limit == 0 or not _can_keep(weight):
+    if not _may_keep(weight) or (_limit is not None and nbytes > _limit):
         return None
+    entry, stays = _find_or_make(weight, kind, make)
+    return entry if stays else None
+
+
+def _may_keep(weight: Tensor) -> bool:
+    wanted = torch.is_grad_enabled() and weight.requires_grad
+    return not wanted and _limit != 0 and _can_keep(weight)
+
+
+def _find_or_make(weight: Tensor, kind: Hashable, make: Callable[[Tensor], Any]) -> tuple[Kept, bool]:
+    """The entry, and whether it is kept from now on."""
     storage = weight.untyped_storage()
     key = (kind, weight.dtype, weight.shape, weight.stride(), weight.storage_offset())
     of_storage = _entries.get(storage)
     entry = None if of_storage is None else of_storage.get(key)
     if entry is not None and entry.fits(weight):
-        return entry
+        return entry, True
     with _lock:  # one thread makes it, the others wait for it
         of_storage = _entries.get(storage, {})
         entry = of_storage.pop(key, None)
         if entry is None or not entry.fits(weight):
             del entry  # the old value, before the new one needs room
-            if _limit is not None and size_bytes() + nbytes > _limit:
-                return None
             entry = _make_entry(weight, make)
         shared = any(t.untyped_storage() is storage for t in _tensors(entry.value))
-        if shared or (_limit is not None and size_bytes() + entry.nbytes > _limit):
-            return None
-        _entries.setdefault(storage, {})[key] = entry
-        return entry
+        stays = not shared and (_limit is None or size_bytes() + entry.nbytes <= _limit)
+        if stays:
+            _entries.setdefault(storage, {})[key] = entry
+        return entry, stays
 
 
 def generation() -> int:
