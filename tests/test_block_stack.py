@@ -1,0 +1,167 @@
+"""Plain blocks in one call of C++: the same bits as one by one, and what sends a model back to calling its blocks."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import vitfast
+from vitfast.layers.stack import BlockStack
+from vitfast.ops import weight_cache
+
+pytest.importorskip("vitfast._C", reason="the extension is not built: python setup.py build_ext --inplace")
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_cache() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield
+    weight_cache.limit_bytes(None)
+    weight_cache.clear()
+
+
+def small(**options) -> nn.Module:
+    model = vitfast.create_model("vit_tiny_patch16_224", img_size=64, num_classes=10, depth=3, **options).eval()
+    for p in model.parameters():  # no zeros, so that every term counts
+        nn.init.normal_(p, std=0.05)
+    return model
+
+
+def images(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(2, 3, 64, 64).to(dtype)
+
+
+def one_by_one(model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(BlockStack, "run", lambda *_: None)
+        return model(x)
+
+
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each later call of a stack ran its blocks together."""
+    seen: list[bool] = []
+    run = BlockStack.run
+
+    def spy(self: BlockStack, *args) -> Tensor | None:
+        out = run(self, *args)
+        seen.append(out is not None)
+        return out
+
+    monkeypatch.setattr(BlockStack, "run", spy)
+    return seen
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{}, {"init_values": 0.1, "qkv_bias": False}, {"global_pool": "avg"}])
+def test_same_bits_as_one_by_one(options: dict, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = small(**options).to(dtype), images(dtype)
+    expected = one_by_one(model, x, monkeypatch)
+    seen = calls(monkeypatch)
+    with torch.no_grad():
+        assert torch.equal(model(x), expected)
+        assert torch.equal(model(x), expected)  # by the plan of the first call
+    assert seen == [True, True]
+
+
+CHANGES: dict[str, Callable[[nn.Module], object]] = {
+    "hook": lambda m: m.blocks[1].mlp.register_forward_hook(lambda *_: None),
+    "hook of a block": lambda m: m.blocks[0].register_forward_pre_hook(lambda *_: None),
+    "layer of another class": lambda m: setattr(m.blocks[0].mlp, "fc1", nn.Sequential(m.blocks[0].mlp.fc1)),
+    "forward of its own": lambda m: setattr(m.blocks[0].attn, "forward", m.blocks[0].attn.forward),
+    "dropout in training": lambda m: m.blocks[0].train(),
+    "two dtypes": lambda m: m.blocks[0].mlp.bfloat16(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_not_plain_is_called(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = small(), images()
+    with torch.no_grad():
+        model(x)
+        seen = calls(monkeypatch)
+        CHANGES[change](model)
+        assert torch.allclose(model(x), one_by_one(model, x, monkeypatch), atol=1e-5)
+    assert seen == [False]
+
+
+def test_gradients_autocast_and_masks_are_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = small(), images()
+    seen = calls(monkeypatch)
+    model(x).sum().backward()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        model(x)
+    with torch.no_grad():
+        model(x, key_padding_mask=torch.zeros(2, 16, dtype=torch.bool))
+    assert seen == [False, False, False]
+
+
+WRITES: dict[str, Callable[[nn.Module], object]] = {
+    "in place": lambda m: m.blocks[1].mlp.fc1.weight.mul_(2),
+    "a bias in place": lambda m: m.blocks[0].attn.qkv.bias.add_(1),
+    "load_state_dict": lambda m: m.load_state_dict({k: v * 1.5 for k, v in m.state_dict().items()}),
+    "a new parameter": lambda m: setattr(
+        m.blocks[0].attn.proj, "weight", nn.Parameter(m.blocks[0].attn.proj.weight * 3)
+    ),
+    ".data": lambda m: setattr(m.blocks[0].norm1.weight, "data", m.blocks[0].norm1.weight * 2),
+    "all of .data": lambda m: m.blocks[1].mlp.fc2.weight.data.mul_(0.5),
+    "another dtype and back": lambda m: m.half().float(),
+    "another layer scale": lambda m: m.blocks[0].ls1.gamma.mul_(-1),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("write", WRITES)
+def test_changed_weights_are_seen(write: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = small(init_values=0.1).to(dtype), images(dtype)
+    with torch.no_grad():
+        before = model(x)
+        WRITES[write](model)
+        model.to(dtype)
+        after = model(x)
+        assert torch.equal(after, one_by_one(model, x, monkeypatch))
+    assert write == "another dtype and back" or not torch.equal(before, after)
+
+
+def test_copies_and_files_leave_the_plan_behind() -> None:
+    model, x = small(), images()
+    with torch.no_grad():
+        expected = model(x)
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert other._stack is not model._stack
+            assert torch.equal(other(x), expected)
+            other.blocks[0].mlp.fc1.weight.mul_(2)
+            assert not torch.equal(other(x), expected)
+        assert torch.equal(model(x), expected)
+    assert all("stack" not in key for key in model.state_dict())
+
+
+def test_packed_weights_follow_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.ops.vitfast_C.cpu_capability() != "amx":
+        pytest.skip("weights are kept packed for AMX alone")
+    model, x = small().bfloat16(), images(torch.bfloat16)
+    with torch.no_grad():
+        expected = model(x)
+        weights = [
+            b for block in model.blocks[:-1] for b in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
+        ]
+        assert weight_cache.size_bytes() >= sum(layer.weight.nbytes for layer in weights)
+        weight_cache.limit_bytes(0)
+        assert weight_cache.size_bytes() == 0
+        assert torch.equal(model(x), expected)
+        assert weight_cache.size_bytes() == 0
+    assert calls(monkeypatch) == []
+
+
+def test_wrong_number_of_parameters() -> None:
+    x = torch.zeros(3, 8)
+    with pytest.raises(RuntimeError, match="parameters has 2 tensors; needed: 18 for each block"):
+        torch.ops.vitfast_C.blocks_forward(
+            x, [x, x], 1, 1.0, 1e-6, "gelu", torch.tensor([0, 3], dtype=torch.int32), 3, torch.empty_like(x)
+        )
