@@ -218,9 +218,9 @@ void finish_int8(const Int8Product<Y>& a, const int32_t* sums, int64_t row, int6
         case Finish::kGelu:
             return finish_int8<Gelu<true>>(a, sums, row, rows, first, count);
         case Finish::kGeluTanh:
-            return finish_int8<GeluTanh>(a, sums, row, rows, first, count);
+            return finish_int8<GeluTanh<true>>(a, sums, row, rows, first, count);
         case Finish::kQuickGelu:
-            return finish_int8<Silu<true>>(a, sums, row, rows, first, count);
+            return finish_int8<Silu<true, true>>(a, sums, row, rows, first, count);
         case Finish::kNone:
             return finish_int8<void>(a, sums, row, rows, first, count);
     }

@@ -58,11 +58,10 @@ void finish_rows(const Product<X, Y>& a, const float* sums, int64_t row, int64_t
 template <class X, class Y>
 void finish_rows(const Product<X, Y>& a, const float* sums, int64_t row, int64_t rows, int64_t first, int64_t count) {
     if constexpr (std::is_same_v<X, Y>) {
-        if (a.finish == Finish::kGelu) {
-            return finish_rows<Gelu<std::is_same_v<Y, bf16>>>(a, sums, row, rows, first, count);
-        }
-        if (a.finish == Finish::kGeluTanh) return finish_rows<GeluTanh>(a, sums, row, rows, first, count);
-        if (a.finish == Finish::kQuickGelu) return finish_rows<Silu<true>>(a, sums, row, rows, first, count);
+        constexpr bool kFast = std::is_same_v<Y, bf16>;
+        if (a.finish == Finish::kGelu) return finish_rows<Gelu<kFast>>(a, sums, row, rows, first, count);
+        if (a.finish == Finish::kGeluTanh) return finish_rows<GeluTanh<kFast>>(a, sums, row, rows, first, count);
+        if (a.finish == Finish::kQuickGelu) return finish_rows<Silu<true, kFast>>(a, sums, row, rows, first, count);
     }
     finish_rows<void>(a, sums, row, rows, first, count);
 }
