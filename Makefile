@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 TESTS ?=
 
-.PHONY: demo test lint format aot bench-smoke tune gpu gpu-dry clean
+.PHONY: demo test lint format aot bench-smoke results tune gpu gpu-dry clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -36,6 +36,15 @@ aot: $(VENV)/.built
 BASELINE = $(firstword $(wildcard benchmarks/results/*/smoke.json))
 bench-smoke: $(VENV)/.built
 	@$(BIN)/vitfast bench --preset smoke --out runs/bench-smoke $(if $(BASELINE),--check $(BASELINE)) || test $$? -eq 1
+
+# Every benchmark and sweep of this machine in about 50 minutes of its time alone, and what README and docs show of it. Goes on
+# where it was stopped. RESULTS=benchmarks/results/NAME for a name of your own.
+RESULTS ?=
+export RESULTS
+results: $(VENV)/.built
+	@folder=$${RESULTS:-benchmarks/results/$$($(BIN)/python -m vitfast.benchmarks.machine)}; \
+	$(BIN)/vitfast bench all --out "$$folder" $(if $(MINUTES),--minutes $(MINUTES))
+	@$(BIN)/vitfast bench report benchmarks/results --into README.md docs/performance.md
 
 # On a GPU: measures the library's products against ours and rewrites kernels/product_table.py. Uses PYTHON as it is.
 tune:

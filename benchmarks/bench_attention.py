@@ -1,4 +1,4 @@
-"""Attention from packed qkv: ours beside every backend of PyTorch's own, flash-attn and xFormers.
+"""Attention from packed qkv: ours beside every backend of PyTorch's own, flash-attn, xFormers and TransformerEngine.
 
 B images, L tokens, H heads, E head dim; `with`: what else happens, one of "rope" (DINOv3's, five tokens stay), "qk_norm"
 (LayerNorm of q and k), "padding" (a fifth of the keys) or "all". All start from the packed qkv of the projection and end with what the output
@@ -20,14 +20,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vitfast.ops.attention import attention, attention_ref
 from vitfast.ops.heads import HeadNorm, Rope
 
+from .gpu_peers import attention_peers
 from .harness import TORCH_DTYPE, Case, Provider, Work
-from .peers import compiled, installed, own_providers
+from .peers import compiled, own_providers
 from .presets import along, distinct
 
 OPS = ("attention",)
-PEERS = ("flash_attn", "flash_attn_interface", "flash_attn.cute", "xformers")
+PEERS = ("flash_attn", "flash_attn_interface", "flash_attn.cute", "xformers", "transformer_engine")
 _LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
-_HEAD_DIMS = (16, 32, 64, 80, 128, 256)
+_HEAD_DIMS = (16, 64, 80, 128, 256)
 DEFAULTS: dict[str, int | str] = {"B": 8, "L": 197, "H": 12, "E": 64}
 SHAPES: dict[str, list[dict[str, int | str]]] = {
     "overview cpu": [{"B": 4}],
@@ -47,7 +48,7 @@ SHAPES: dict[str, list[dict[str, int | str]]] = {
     "growth": distinct(
         along("L", _LENGTHS, {"B": 1, "H": 3, "E": 64}),
         along("E", _HEAD_DIMS, {"B": 4, "L": 197, "H": 3}),
-        along("B", (1, 2, 4, 8, 16, 32), {"L": 197, "H": 3, "E": 64}),
+        along("B", (1, 4, 32), {"L": 197, "H": 3, "E": 64}),
     ),
     "growth cuda": distinct(
         along("L", _LENGTHS, {"B": 16, "H": 12, "E": 64}),
@@ -191,27 +192,5 @@ def _providers(dtype: torch.dtype, device: str, shape: dict[str, Any]) -> list[P
         Provider("torch.compile max-autotune", compiled(reference, mode="max-autotune-no-cudagraphs"), slow=True)
     )
     if device == "cuda" and dtype != torch.float32:
-        found += _third_party()
+        found += attention_peers(H, E)
     return found
-
-
-def _third_party() -> list[Provider]:
-    """flash-attn 2 and 3 take packed qkv as it is; xFormers takes [B, L, H, E] views of it."""
-    found = []
-    if installed("flash_attn"):
-        from flash_attn import flash_attn_qkvpacked_func
-
-        found.append(Provider("flash-attn 2", lambda qkv: flash_attn_qkvpacked_func(qkv)))
-    if installed("flash_attn_interface"):
-        from flash_attn_interface import flash_attn_qkvpacked_func as packed_3
-
-        found.append(Provider("flash-attn 3", lambda qkv: _first(packed_3(qkv))))
-    if installed("xformers"):
-        from xformers.ops import memory_efficient_attention
-
-        found.append(Provider("xFormers", lambda qkv: memory_efficient_attention(*qkv.unbind(2))))
-    return found
-
-
-def _first(result: Any) -> Tensor:
-    return result[0] if isinstance(result, tuple) else result

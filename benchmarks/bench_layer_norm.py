@@ -9,8 +9,9 @@ from torch import Tensor
 
 from vitfast.ops.layer_norm import add_layer_norm, add_layer_norm_ref, layer_norm, layer_norm_ref
 
+from .gpu_peers import layer_norm_peers
 from .harness import TORCH_DTYPE, Case, Provider, Work
-from .peers import installed, own_providers, plain_providers
+from .peers import own_providers, plain_providers
 from .presets import along, distinct
 
 OPS = ("layer_norm", "add_layer_norm")
@@ -23,8 +24,8 @@ SHAPES: dict[str, list[dict[str, int | str]]] = {
     "cpu": [{"D": 384}, {}, {"B": 4, "L": 257, "D": 1280}],
     "cuda": [{"B": 256, "D": 384}, {"B": 256}, {"B": 64, "L": 257, "D": 1280}, {"B": 1}],
     "growth": distinct(
-        along("D", _WIDTHS, {"B": 4, "L": 197}),
-        along("L", (64, 197, 577, 1025, 4097), {"B": 4, "D": 384}),
+        along("D", _WIDTHS[::2] + _WIDTHS[-1:], {"B": 4, "L": 197}),
+        along("L", (64, 197, 1025, 4097), {"B": 4, "D": 384}),
         along("B", (1, 4, 16, 64), {"L": 197, "D": 384}),
     ),
     "growth cuda": distinct(
@@ -54,7 +55,7 @@ def case(op: str, shape: dict[str, int | str], dtype: str, device: str) -> Case:
         inputs=functools.partial(_inputs, B, L, D, kind, device, fused),
         grads=("residual", "branch", "weight", "bias") if fused else ("x", "weight", "bias"),
         reference=reference,
-        providers=functools.partial(_providers, op, kind, device),
+        providers=functools.partial(_providers, op, D, kind, device),
         work={"forward": [forward], "backward": [backward], "both": [forward, backward]},
     )
 
@@ -87,12 +88,10 @@ def _add_ours(residual: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, ba
     return add_layer_norm(residual, branch, weight, bias, EPS, backend=backend)
 
 
-def _providers(op: str, dtype: torch.dtype, device: str) -> list[Provider]:
+def _providers(op: str, D: int, dtype: torch.dtype, device: str) -> list[Provider]:
     fused = op == "add_layer_norm"
     found = own_providers("layer_norm", _add_ours if fused else _ours, device, dtype)
     found += plain_providers(_add_plain if fused else _plain)
-    if device == "cuda" and not fused and installed("liger_kernel"):
-        from liger_kernel.ops.layer_norm import LigerLayerNormFunction
-
-        found.append(Provider("Liger", lambda x, weight, bias: LigerLayerNormFunction.apply(x, weight, bias, EPS)))
+    if device == "cuda" and not fused:
+        found += layer_norm_peers(D, EPS, dtype)
     return found

@@ -10,12 +10,14 @@ from torch import Tensor
 from vitfast.ops.mlp import mlp, mlp_ref
 from vitfast.ops.norm_mlp import norm_mlp, norm_mlp_ref
 
+from .gpu_peers import norm_mlp_peers
 from .harness import TORCH_DTYPE, Case, Provider, Work
 from .peers import own_providers, plain_providers
 from .presets import along, distinct
 
 OPS = ("mlp", "norm_mlp")
-PEERS: tuple[str, ...] = ()
+PEERS = ("transformer_engine",)
+EPS = 1e-6  # norm_mlp's own default
 DEFAULTS: dict[str, int | str] = {"B": 8, "L": 197, "D": 384, "F": 1536}
 SHAPES: dict[str, list[dict[str, int | str]]] = {
     "overview cpu": [{"B": 4}],
@@ -23,8 +25,8 @@ SHAPES: dict[str, list[dict[str, int | str]]] = {
     "cpu": [{}, {"B": 4, "D": 768, "F": 3072}],
     "cuda": [{"B": 128}, {"B": 128, "D": 768, "F": 3072}, {"B": 64, "L": 257, "D": 1280, "F": 5120}],
     "growth": distinct(
-        along("D", (64, 128, 192, 384, 768, 1024), {"B": 2, "L": 197}, F=4),
-        along("B", (1, 2, 4, 8, 16), {"L": 197, "D": 192, "F": 768}),
+        along("D", (64, 192, 384, 768, 1024), {"B": 2, "L": 197}, F=4),
+        along("B", (1, 4, 16), {"L": 197, "D": 192, "F": 768}),
     ),
     "growth cuda": distinct(
         along("D", (192, 384, 768, 1024, 1280, 1664), {"B": 64, "L": 197}, F=4),
@@ -58,7 +60,7 @@ def case(op: str, shape: dict[str, int | str], dtype: str, device: str) -> Case:
             "fc2_bias",
         ),
         reference=norm_mlp_ref if unit else mlp_ref,
-        providers=functools.partial(_providers, op, kind, device),
+        providers=functools.partial(_providers, op, D, F, kind, device),
         work={"forward": [forward], "backward": [backward], "both": [kept, backward]},
     )
 
@@ -79,6 +81,9 @@ def _inputs(B: int, L: int, D: int, F: int, dtype: torch.dtype, device: str, uni
     return {"x": random(B, L, D), **norm, **products}
 
 
-def _providers(op: str, dtype: torch.dtype, device: str) -> list[Provider]:
+def _providers(op: str, D: int, F: int, dtype: torch.dtype, device: str) -> list[Provider]:
     run, reference = (norm_mlp, norm_mlp_ref) if op == "norm_mlp" else (mlp, mlp_ref)
-    return own_providers(op, run, device, dtype) + plain_providers(reference)
+    found = own_providers(op, run, device, dtype) + plain_providers(reference)
+    if device == "cuda" and op == "norm_mlp" and dtype != torch.float32:
+        found += norm_mlp_peers(D, F, EPS, dtype)
+    return found

@@ -7,6 +7,7 @@ copied into all others; vectors that would start at zero get random values, so t
 from __future__ import annotations
 
 import copy
+import difflib
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -51,8 +52,8 @@ SHAPES: dict[str, list[dict[str, int | str]]] = {
     "growth": distinct(
         along("L", _TOKENS, {"model": "vit_tiny_patch16_224", "B": 1}),
         along("B", (1, 4, 16, 64), {"model": "vit_tiny_patch16_224"}),
-        along("D", (192, 384, 576, 768), {"model": "vit_tiny_patch16_224", "B": 1}),
-        along("depth", (3, 6, 12, 24), {"model": "vit_tiny_patch16_224", "B": 1}),
+        along("D", (192, 384, 768), {"model": "vit_tiny_patch16_224", "B": 1}),
+        along("depth", (3, 12, 24), {"model": "vit_tiny_patch16_224", "B": 1}),
     ),
     "growth cuda": distinct(
         along("L", _TOKENS, {"model": "vit_base_patch16_224", "B": 8}),
@@ -156,6 +157,15 @@ class Models:
         for name, tensor in from_torchvision(model.state_dict()).items():  # the same storages under our names
             tensor.copy_(self.weights[name])
         return self.place(model)
+
+
+def check(shape: Mapping[str, int | str]) -> None:
+    """Raise ValueError for a case that ``case`` would only refuse once it has made a model."""
+    name = str(shape["model"])
+    if name not in CONFIGS:
+        near = difflib.get_close_matches(name, CONFIGS, n=1)
+        raise ValueError(f"model is {name!r}; allowed: a Vision Transformer's" + (f", as {near[0]!r}" if near else ""))
+    overrides_of(shape)
 
 
 def overrides_of(shape: Mapping[str, int | str]) -> dict[str, Any]:

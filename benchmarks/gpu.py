@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import report, schema
+from . import report, schema, standing
 from .suites import SUITES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -202,15 +202,15 @@ def merged(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One result file of all; a row that two parts measured counts once, the first time."""
     rows: dict[tuple[str, ...], dict[str, Any]] = {}
     absent: dict[tuple[str, str], dict[str, str]] = {}
-    rates: dict[str, float] = {}
+    machine = dict(results[0]["machine"])
     for content in results:
-        rates |= content["machine"]["matrix_tflops"]
+        for rates in ("matrix_tflops", "product_tflops"):
+            machine[rates] = machine.get(rates, {}) | content["machine"].get(rates, {})
         for entry in content["rows"]:
             rows.setdefault(schema.Row(**entry).key, entry)
         for entry in content["absent"]:
             absent.setdefault((entry["provider"], entry["reason"]), entry)
     first = results[0]
-    machine = first["machine"] | {"matrix_tflops": rates}
     return first | {
         "machine": machine,
         "command": "make gpu",
@@ -234,7 +234,7 @@ def write(run: Run, results: Sequence[dict[str, Any]], out: Path) -> None:
             links = [path.name for path in plots.draw(machine, most=MOST_PLOTS)]
         except ImportError as error:
             text.append(f"No plots: {error}.")
-        text += [report.summary(machine), report.everything(machine, links)]
+        text += [standing.summary(machine), report.everything(machine, links)]
     schema.write_text(out / "report.md", "\n\n".join(text) + "\n")
 
 

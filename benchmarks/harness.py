@@ -279,9 +279,9 @@ def _finite(x: float | None) -> float | None:
 
 
 def _copies(inputs: Inputs, case: Case, machine: Mapping[str, Any]) -> list[Inputs]:
-    """Copies of the inputs that are together twice the last-level cache; tensors with gradients are leaves."""
+    """Copies of the inputs, together ``cold_mib`` of the machine; tensors with gradients are leaves."""
     size = sum(t.numel() * t.element_size() for t in inputs.values() if t is not None)
-    wanted = 1 if case.hot else math.ceil(2 * machine["cache_mib"] * 2**20 / max(size, 1)) + 1
+    wanted = 1 if case.hot else math.ceil(machine["cold_mib"] * 2**20 / max(size, 1)) + 1
     count = max(1, min(wanted, MAX_COPIES, COPY_BYTES[case.device] // max(size, 1)))
     return [
         {n: None if t is None else t.detach().clone().requires_grad_(n in case.grads) for n, t in inputs.items()}

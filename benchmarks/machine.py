@@ -1,4 +1,4 @@
-"""The machine a result comes from: what it is, and the rates it reaches, measured in about two seconds."""
+"""The machine a result comes from: what it is, and the rates it reaches, measured in about three seconds."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import torch
 
 from vitfast import ops
 
+from .peak import chip_tflops
 from .stopwatch import Stopwatch, clocked
 
 PACKAGES = (
@@ -28,28 +29,46 @@ PACKAGES = (
     "onnxruntime",
     "openvino",
     "flash-attn",
+    "flash-attn-4",
     "xformers",
     "liger-kernel",
+    "quack-kernels",
+    "transformer-engine",
     "numpy",
 )
-_CPU_CACHE_MIB = 32.0  # assumed where the system does not say
+_CPU_CACHE_MIB, _CORE_CACHE_MIB = 32.0, 1.0  # assumed where the system does not say
+# The most that inputs in turn take on a CPU. Server chips have last-level caches of hundreds of MiB, shared with strangers:
+# twice that would be minutes of copying, and in use, too, activations and weights come from there.
+_MOST_COLD_MIB = 128.0
+# What a figure depends on: results and documents may change after it was measured.
+_CODE = (":/vitfast", ":/kernels", ":/csrc", ":/benchmarks/*.py", ":/setup.py")
+_COPIED_MIB = {"cpu": 256, "cuda": 1024}  # well over any cache that inputs are to miss
 
 
 def measure(device: str, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)) -> dict[str, Any]:
     """The ``machine`` entry of a result file. Rates are the best of several tries: they are the floor's denominators."""
-    machine = {"kind": device, "threads": torch.get_num_threads(), "cache_mib": cache_mib(device)}
+    machine = {"kind": device, "threads": torch.get_num_threads()}
+    machine |= {"cache_mib": cache_mib(device), "cold_mib": cold_mib(device)}
     return machine | (_gpu() if device == "cuda" else _cpu()) | rates(device, dtypes)
 
 
 def rates(device: str, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)) -> dict[str, Any]:
-    """What the machine reaches: copies (read and write counted), matrix products, launches, PyTorch calls."""
-    copies = 256 if device == "cpu" else 1024  # MiB, well over any cache
+    """What the machine reaches: copies (read and write counted), matrix products, launches, PyTorch calls.
+
+    ``product_tflops`` are the best matrix products of any library here; ``matrix_tflops``, which floors are made of, on a
+    CPU the chip's own multiply-add rate where that is higher.
+    """
+    cached = cold_mib(device) < 2 * cache_mib(device)  # then inputs come from the last-level cache, and so do these
+    copies = int(cold_mib(device) / 2) if cached else _COPIED_MIB[device]
     copy_ms = _copy_ms(copies * 2**20, device)
     small = torch.zeros(16, device=device)
     launch_ms = _best(lambda: small.add_(1), device, 0.05)
+    products = {str(d).removeprefix("torch."): round(matrix_tflops(d, device), 3) for d in dtypes}
+    chip = chip_tflops(products) if device == "cpu" else {}
     return {
         "copy_gb_per_s": round(2 * copies * 2**20 / copy_ms / 1e6, 1),
-        "matrix_tflops": {str(d).removeprefix("torch."): round(_matrix_rate(d, device), 3) for d in dtypes},
+        "matrix_tflops": {name: max(rate, chip.get(name, 0.0)) for name, rate in products.items()},
+        "product_tflops": products,
         "launch_us": round(launch_ms * 1e3, 2),
         "dispatch_us": round(_dispatch_us(small), 2),
     }
@@ -74,7 +93,7 @@ def _best(call: Callable[[], Any], device: str, seconds: float) -> float:
             return best
 
 
-def _matrix_rate(dtype: torch.dtype, device: str) -> float:
+def matrix_tflops(dtype: torch.dtype, device: str) -> float:
     """TFLOP/s of a square product; the best of PyTorch's, ours and (on a CPU) oneDNN's own."""
     n = 1024 if device == "cpu" else 8192
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
@@ -110,11 +129,28 @@ def cache_mib(device: str) -> float:
     """Size of the last-level cache, MiB."""
     if device == "cuda":
         return torch.cuda.get_device_properties(0).L2_cache_size / 2**20  # type: ignore[attr-defined]
+    return max(_cpu_caches_mib(), default=_CPU_CACHE_MIB)
+
+
+def cold_mib(device: str) -> float:
+    """What inputs must take together so that each call finds its own outside of the caches that count, MiB.
+
+    Twice the last-level cache. On a CPU where that is more than ``_MOST_COLD_MIB``, so much or twice all cores' own
+    caches, whichever is more: inputs then miss these, and come from the last-level cache.
+    """
+    wanted = 2 * cache_mib(device)
+    if device == "cuda":
+        return wanted
+    own = sorted(_cpu_caches_mib())[-2:-1] or [_CORE_CACHE_MIB]  # the second largest: a core's own
+    return min(wanted, max(_MOST_COLD_MIB, 2 * own[0] * torch.get_num_threads()))
+
+
+def _cpu_caches_mib() -> list[float]:
     sizes = []
     for path in glob.glob("/sys/devices/system/cpu/cpu0/cache/index*/size"):
         text = Path(path).read_text().strip()
         sizes.append(float(text[:-1]) * {"K": 2**-10, "M": 1.0, "G": 2.0**10}[text[-1]])
-    return max(sizes, default=_CPU_CACHE_MIB)
+    return sizes
 
 
 def _cpu() -> dict[str, Any]:
@@ -126,8 +162,17 @@ def _cpu() -> dict[str, Any]:
             mhz = next((float(line.split(":")[1]) for line in file if line.startswith("cpu MHz")), None)
     except OSError:
         pass
-    load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-    return {"name": cpu_model(), "clocks": {"cpu_mhz": mhz}, "driver": None, "load": load}
+    return {"name": cpu_model(), "clocks": {"cpu_mhz": mhz}, "driver": None, "load": _cpu_load()}
+
+
+def _cpu_load() -> float | None:
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def load(machine: dict[str, Any]) -> float | None:
+    """Its load now; of a GPU what it was."""
+    known: float | None = machine["load"]
+    return known if machine["kind"] == "cuda" else _cpu_load()
 
 
 def _gpu() -> dict[str, Any]:
@@ -161,7 +206,7 @@ def _git(*command: str) -> str | None:
 def origin(command: str) -> dict[str, Any]:
     """The entries of a result file that say which code ran, and when."""
     tracked = _git("ls-files", "--error-unmatch", "machine.py") is not None
-    changes = _git("status", "--porcelain", "--untracked-files=no") if tracked else None
+    changes = _git("status", "--porcelain", "--untracked-files=no", "--", *_CODE) if tracked else None
     versions = {"python": platform.python_version(), "vitfast": _version("vitfast")}
     return {
         "versions": versions | {name: version for name in PACKAGES if (version := _version(name))},
@@ -170,6 +215,15 @@ def origin(command: str) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": command,
     }
+
+
+def same_code(commit: str | None, dirty: bool | None) -> bool:
+    """Whether the sources here are those of that entry of a result file; without a clone the versions have to tell."""
+    if commit is None or dirty is None:
+        return _git("rev-parse", "HEAD") is None or _git("ls-files", "--error-unmatch", "machine.py") is None
+    if dirty or _git("status", "--porcelain", "--untracked-files=no", "--", *_CODE):
+        return False
+    return _git("diff", "--quiet", commit, "HEAD", "--", *_CODE) is not None
 
 
 def _version(package: str) -> str | None:
@@ -189,3 +243,9 @@ def folder_name(machine: dict[str, Any]) -> str:
     if machine["kind"] == "cpu":
         words += [str(machine["threads"]), "threads"]
     return "-".join(words)
+
+
+if __name__ == "__main__":  # the name of this machine's folder of results
+    _device = "cuda" if torch.cuda.is_available() else "cpu"
+    _found = _gpu() if _device == "cuda" else _cpu()
+    print(folder_name(_found | {"kind": _device, "threads": torch.get_num_threads()}))

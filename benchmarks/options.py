@@ -79,19 +79,17 @@ def run(names: tuple[str, ...], args: argparse.Namespace, command: str, path: Pa
     return session.run(items, None if minutes is None else start + 60 * minutes)
 
 
-def preset_of(names: tuple[str, ...], args: argparse.Namespace) -> str:
-    return args.preset or ("standard" if len(names) == 1 else "overview")
+def file_name(suite: str | None, preset: str) -> str:
+    """model.json, model-growth.json, overview.json, smoke.json: several runs fit in one folder."""
+    words = [] if suite is None else [suite]
+    if preset != "standard" or suite is None:
+        words.append(preset)
+    return "-".join(words) + ".json"
 
 
-def prepare(
-    names: tuple[str, ...], args: argparse.Namespace, command: str, path: Path | None
-) -> tuple[Session, list[Item]]:
-    """The session and its cases. Raises ValueError for a device or shapes that are not there."""
+def device_of(args: argparse.Namespace) -> str:
+    """The device to measure on; sets the threads. Raises ValueError where that cannot be."""
     import torch
-
-    from .harness import Settings
-    from .presets import adjusted
-    from .suites import Session, plan
 
     if args.threads is not None:
         if args.threads < 1:
@@ -100,6 +98,22 @@ def prepare(
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda, but PyTorch finds no CUDA GPU here")
+    return device
+
+
+def preset_of(names: tuple[str, ...], args: argparse.Namespace) -> str:
+    return args.preset or ("standard" if len(names) == 1 else "overview")
+
+
+def prepare(
+    names: tuple[str, ...], args: argparse.Namespace, command: str, path: Path | None
+) -> tuple[Session, list[Item]]:
+    """The session and its cases. Raises ValueError for a device or shapes that are not there."""
+    from .harness import Settings
+    from .presets import adjusted
+    from .suites import Session, check, plan
+
+    device = device_of(args)
     preset = preset_of(names, args)
     items = plan(names, device, preset, args.shapes, args.dtype)
     if preset == "threads" and device != "cpu":
@@ -111,4 +125,6 @@ def prepare(
         timing=args.timing,
         longest=args.longest,
     )
-    return Session(device, command, adjusted(settings, preset), path, preset), items
+    settings = adjusted(settings, preset)
+    check(items, device, settings)
+    return Session(device, command, settings, path, preset), items

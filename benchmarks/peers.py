@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from vitfast.ops.dispatch import TABLE
+from vitfast.ops.library import COMPOSITE
 
 from .gate import Run
 from .harness import Provider
@@ -31,8 +32,6 @@ INSTALL = {
     "quack": ("quack", "pip install quack-kernels"),
     "transformer_engine": ("TransformerEngine", "pip install transformer-engine[pytorch]"),
 }
-# Asked for by people, but no provider here calls them yet.
-_NOT_WIRED = ("flash_attn.cute", "quack", "transformer_engine")
 GPU_ONLY = (
     "flash_attn",
     "flash_attn_interface",
@@ -60,8 +59,6 @@ def absent(modules: Iterable[str], device: str) -> list[dict[str, str]]:
             reason = "needs a CUDA GPU"
         elif not installed(module):
             reason = "not installed"
-        elif module in _NOT_WIRED:
-            reason = "installed, but this benchmark does not call it yet"
         else:
             continue
         entries.append({"provider": name, "reason": reason, "install": install})
@@ -96,7 +93,10 @@ def plain_providers(reference: Run) -> list[Provider]:
 
 
 def own_providers(op: str, run: Callable[..., Any], device: str, dtype: torch.dtype) -> list[Provider]:
-    """Each of vitfast's backends that can run here; Triton's interpreter only when named, as its time says nothing."""
+    """Each of vitfast's backends that can run here; only when named what is no choice of anyone's.
+
+    These are Triton's interpreter, and PyTorch's functions for tracers and transforms, which "auto" never takes.
+    """
     found = []
     for backend in TABLE[op]:
         if backend.why_not(device, (dtype,), True) is not None:
@@ -107,7 +107,7 @@ def own_providers(op: str, run: Callable[..., Any], device: str, dtype: torch.dt
                 f"vitfast {backend.name}",
                 _with_backend(run, backend.name),
                 ours=True,
-                slow=interpreted,
+                slow=interpreted or backend.name == COMPOSITE,
                 note="Triton's interpreter: right, but no time worth reading" if interpreted else "",
             )
         )

@@ -227,20 +227,22 @@ def floor(rows: Sequence[Row], machine: dict[str, Any]) -> Any:
     axis.set_xlim(
         0, max(1.05, *(share + 0.2 for m, b in pairs for share in (m.floor_share or 0, (b or m).floor_share or 0)))
     )
-    axis.set_xlabel(f"share of the floor's speed on {machine['name']} (1: the machine's own copy or product rate)")
+    axis.set_xlabel(f"share of the floor's speed on {machine['name']} (1: its copy or multiply-add rate)")
     axis.grid(axis="x", alpha=0.3)
     axis.legend(loc="upper right", fontsize=8)
     return figure
 
 
 def _telling(pairs: list[tuple[Row, Row | None]]) -> list[tuple[Row, Row | None]]:
-    """At most ``_MOST_BARS``: all whole models, and of each op and dtype the first shape, forward and both passes."""
-    whole = [pair for pair in pairs if "model" in shape_of(pair[0].shape)]
+    """At most ``_MOST_BARS``: models and training, of each op and dtype the first shape, then accelerated models."""
     first: dict[tuple[str, ...], tuple[Row, Row | None]] = {}
     for mine, best in pairs:
         if mine.direction != "backward":
             first.setdefault((mine.op, mine.dtype, mine.direction), (mine, best))
-    return list({mine.key: (mine, best) for mine, best in [*whole, *first.values()]}.values())[:_MOST_BARS]
+    whole = [pair for pair in pairs if "model" in shape_of(pair[0].shape)]
+    ours = [pair for pair in whole if pair[0].op in ("model", "train")]
+    chosen = list({mine.key: (mine, best) for mine, best in [*ours, *first.values(), *whole]}.values())[:_MOST_BARS]
+    return sorted(chosen, key=lambda pair: [row.op for row, _ in chosen].index(pair[0].op))
 
 
 def roofline(rows: Sequence[Row], machine: dict[str, Any]) -> Any:
@@ -275,6 +277,7 @@ def roofline(rows: Sequence[Row], machine: dict[str, Any]) -> Any:
         ylabel="TFLOP/s reached",
         title=f"Roofline, {machine['name']}",
     )
+    _plain_ticks(axis.yaxis)
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=8, loc="lower right")
     return figure

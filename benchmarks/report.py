@@ -1,12 +1,14 @@
 """From result files to what people read: the terminal's table, markdown, and the parts of documents that are measured.
 
 A document has ``<!-- measured WHAT -->`` ... ``<!-- /measured -->``; what stands between is replaced, never typed.
-WHAT is nothing (a summary), "all" (every table and plot), "standing" (won and lost), "fields" (the result file's layout).
+WHAT is nothing (a summary), "all" (every table and plot of the newest machine, links to those of the others), "standing" (won and
+lost), "fields" (the result file's layout).
 """
 
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -16,7 +18,7 @@ from . import schema
 from .harness import shape_of, shape_text
 from .scaling import AXES, THREADS, fits, gains
 from .schema import FIELDS, Row
-from .standing import standing, summary
+from .standing import standing, summaries
 from .tables import (
     Machine,
     best_of,
@@ -40,14 +42,17 @@ GROWTH_LEGEND = (
 
 
 def machines(folder: str | Path) -> list[Machine]:
-    """One entry for each folder at or under ``folder`` that holds result files. Raises ValueError if there is none."""
+    """One entry for each folder at or under ``folder`` that holds result files, the newest results first.
+
+    Raises ValueError if there is none.
+    """
     found = []
     for path in sorted({file.parent for file in Path(folder).rglob("*.json")}):
         contents = tuple(schema.read(file) for file in sorted(path.glob("*.json")))
         found.append(Machine(path, contents))
     if not found:
         raise ValueError(f"{folder} holds no result files (*.json)")
-    return found
+    return sorted(found, key=lambda machine: machine.date, reverse=True)
 
 
 def headline(content: dict[str, Any]) -> str:
@@ -56,18 +61,28 @@ def headline(content: dict[str, Any]) -> str:
 
 
 def provenance(contents: Sequence[dict[str, Any]]) -> str:
-    """Of all files of one machine: its rates, as the first found them, the versions, and each file's command."""
-    lines = [_machine_text(contents[0]), *(f"{text}." for text in dict.fromkeys(map(_versions, contents)))]
-    return "\n\n".join([*lines, "\n".join(f"- {_origin(content)}" for content in contents)])
+    """Of all files of one machine: its rates, as the newest found them, the versions, and every command."""
+    newest = max(contents, key=lambda content: str(content["date"]))
+    lines = [_machine_text(newest), *(f"{text}." for text in dict.fromkeys(map(_versions, contents)))]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for content in sorted(contents, key=lambda content: str(content["date"])):
+        groups.setdefault((content["command"], _commit(content)), []).append(content)
+    return "\n\n".join([*lines, "\n".join(f"- {_origin_of_all(group)}" for group in groups.values())])
 
 
 def _machine_text(content: dict[str, Any]) -> str:
     machine = content["machine"]
     threads = f", {counted(machine['threads'], 'thread')}" if machine["kind"] == "cpu" else ""
-    rates = ", ".join(f"{dtype} {rate:.3g} TFLOP/s" for dtype, rate in machine["matrix_tflops"].items())
+    products = machine.get("product_tflops", {})
+    rates = ", ".join(
+        f"{dtype} {rate:.3g} TFLOP/s" + (f" (as products {products[dtype]:.3g})" if dtype in products else "")
+        for dtype, rate in machine["matrix_tflops"].items()
+    )
+    cold, cache = machine.get("cold_mib"), machine["cache_mib"]
+    source = f" in its {cache:.0f} MiB cache, as inputs are" if cold is not None and cold < 2 * cache else ""
     driver = f" Driver {machine['driver']}." if machine["driver"] else ""
     return (
-        f"{machine['name']}{threads}: copy {machine['copy_gb_per_s']:.0f} GB/s, {rates}, "
+        f"{machine['name']}{threads}: copy {machine['copy_gb_per_s']:.0f} GB/s{source}, {rates}, "
         f"launch {machine['launch_us']:.1f} us.{driver}"
     )
 
@@ -76,11 +91,24 @@ def _versions(content: dict[str, Any]) -> str:
     return ", ".join(f"{name} {version}" for name, version in content["versions"].items())
 
 
+def _commit(content: dict[str, Any]) -> str:
+    return (content["commit"] or "no clone")[:10] + (" with local changes" if content["dirty"] else "")
+
+
 def _origin(content: dict[str, Any]) -> str:
-    commit = (content["commit"] or "no clone")[:10] + (" with local changes" if content["dirty"] else "")
-    load = content["machine"]["load"]
-    before = "" if load is None else f", load before it {load:.2f}"
-    return f"`{content['command']}`: {content['date'][:16].replace('T', ' ')} UTC, commit {commit}{before}"
+    return _origin_of_all([content])
+
+
+def _origin_of_all(contents: Sequence[dict[str, Any]]) -> str:
+    """One command, when it ran (of several files: from the first to the last), the commit and the load before it."""
+    dates = [content["date"][:16].replace("T", " ") for content in contents]
+    loads = [load for content in contents if (load := content["machine"]["load"]) is not None]
+    until = "" if dates[-1] == dates[0] else f" to {dates[-1] if dates[-1][:10] != dates[0][:10] else dates[-1][11:]}"
+    text = f"`{contents[0]['command']}`: {dates[0]}{until} UTC, commit {_commit(contents[0])}"
+    if not loads:
+        return text
+    range_of = f"{min(loads):.2f}" + (f" to {max(loads):.2f}" if max(loads) > min(loads) else "")
+    return f"{text}, load before it {range_of}"
 
 
 def op_table(rows: Sequence[Row]) -> str:
@@ -212,10 +240,10 @@ def fill(document: str, folder: str | Path, links_from: str | Path) -> str:
     """
     found = machines(folder) if Path(folder).is_dir() and any(Path(folder).rglob("*.json")) else []
 
-    kinds: dict[str, Callable[[Machine], str]] = {
-        "": summary,
-        "all": lambda machine: everything(machine, _plot_links(machine.folder, Path(links_from))),
-        "standing": standing,
+    kinds: dict[str, Callable[[list[Machine]], str]] = {
+        "": summaries,
+        "all": lambda machines: _newest_in_full(machines, Path(links_from)),
+        "standing": lambda machines: "\n\n".join(map(standing, machines)),
     }
 
     def part(match: re.Match[str]) -> str:
@@ -226,7 +254,7 @@ def fill(document: str, folder: str | Path, links_from: str | Path) -> str:
             allowed = ", ".join(f"measured {kind}".strip() for kind in (*kinds, "fields"))
             raise ValueError(f"<!-- measured {what} --> is not known; allowed: {allowed}")
         else:
-            text = "\n\n".join(map(kinds[what], found)) or "Not yet measured."
+            text = kinds[what](found) if found else "Not yet measured."
         return f"{match[1]}\n{text}\n\n{match[3]}"
 
     filled, count = _MARKER.subn(part, document)
@@ -235,10 +263,22 @@ def fill(document: str, folder: str | Path, links_from: str | Path) -> str:
     return filled
 
 
-def _plot_links(folder: Path, start: Path) -> list[str]:
-    import os
+def _newest_in_full(machines: list[Machine], start: Path) -> str:
+    """Everything of the newest machine; of the others a link to the same in their folder."""
+    first, *others = machines
+    parts = [everything(first, _plot_links(first.folder, start))]
+    for machine in others:
+        link = _relative(machine.folder / "report.md", start)
+        parts.append(f"### {machine.name}\n\nMeasured {machine.date[:10]}: [tables and plots]({link}).")
+    return "\n\n".join(parts)
 
-    return [Path(os.path.relpath(plot, start)).as_posix() for plot in sorted(folder.glob("*.png"))]
+
+def _relative(path: Path, start: Path) -> str:
+    return Path(os.path.relpath(path, start)).as_posix()
+
+
+def _plot_links(folder: Path, start: Path) -> list[str]:
+    return [_relative(plot, start) for plot in sorted(folder.glob("*.png"))]
 
 
 def print_table(content: dict[str, Any]) -> None:
@@ -265,11 +305,11 @@ def _case_table(case: Sequence[Row], header: bool) -> Any:
 
     table = Table(box=None, show_header=header, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
     table.add_column("  provider", width=28)
-    for name, width in (("ms", 7), ("20–80 %", 13), ("floor", 5), ("ratio", 5), ("kept", 6), ("peak MiB", 8)):
+    for name, width in (("ms", 7), ("20–80 %", 13), ("floor", 5), ("ratio", 5), ("kept", 7), ("peak MiB", 8)):
         table.add_column(name, justify="right", width=width, no_wrap=True)
     for row in sorted(case, key=lambda row: (row.ms or math.inf, not row.ours)):
         spread = "–" if row.ms is None else f"{number(row.ms_low)}–{number(row.ms_high)}"
-        faster = "–" if row.ratio is None else f"{row.ratio:.2f}"
+        faster = "–" if row.ratio is None else f"{row.ratio:.2f}" if row.ratio < 10 else number(row.ratio)
         cells = (number(row.ms), spread, percent(row.floor_share), faster, number(row.kept_mib), number(row.peak_mib))
         style = "bold" if row.ours else ""
         table.add_row(f"  {row.provider}", *cells, style=style)

@@ -16,28 +16,71 @@ _HEADLINES = {
     "train": "training step",
     "accelerate_train": "training step after `accelerate`",
 }
+_OF_MANY_MODELS = ("accelerate", "accelerate_train")  # one line for all of them
 _PRECISION = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "autocast": "bf16 autocast"}
 _NO_CONTEST = ("overhead", "memory")  # of another kind than the rest: not counted as won or lost
 _POLICIES = ("vitfast fused", "vitfast mlp", "vitfast block")
 
 
+def summaries(machines: Sequence[Machine]) -> str:
+    """For the README: the newest machine's table, and a line for each of the others."""
+    return "\n\n".join([summary(machines[0]), *map(brief, machines[1:])])
+
+
 def summary(machine: Machine) -> str:
-    """Whole models beside timm and the fastest peer, and the memory kept for the backward pass; for the README."""
-    head = ("", "case", "vitfast, ms", "timm or the original, ms", "fastest peer, ms", "peer / vitfast (20–80 %)")
-    lines = []
+    """Whole models beside timm and the fastest peer, and the memory kept for the backward pass."""
+    head = ("", "case", "vitfast, ms", "timm, ms", "fastest peer, ms", "peer / vitfast (20–80 %)")
+    lines: list[Sequence[str]] = []
     for op, what in _HEADLINES.items():
-        for case in cases([row for row in machine.rows if row.op == op]):
-            mine, best = ours_of(case), best_of(case)
-            if mine is None or best is None:
-                continue
-            timm = next((row for row in case if row.provider in ("timm", "original")), None)
+        pairs = [(m, b) for case in _cases_of(machine, op) if (m := ours_of(case)) and (b := best_of(case))]
+        if op in _OF_MANY_MODELS:
+            lines += [(what, *cells) for cells in _of_many_models([mine for mine, _ in pairs])]
+            continue
+        for mine, best in pairs:
+            timm = next((row for row in machine.rows if row.case == mine.case and row.provider == "timm"), None)
             peer = f"{best.provider} {number(best.ms)}"
-            cells = (number(mine.ms), number(timm.ms if timm else None), peer, ratio(mine))
-            lines.append((what, case_text(mine), *cells))
-    parts = [f"{machine.name}, {machine.contents[0]['date'][:10]}:"]
+            lines.append((what, case_text(mine), number(mine.ms), number(timm.ms if timm else None), peer, ratio(mine)))
+    parts = [f"{machine.name}, {machine.date[:10]}:"]
     parts += [markdown_table(head, lines)] if lines else []
     parts += _kept(machine.rows)
     return "\n\n".join(parts) if len(parts) > 1 else f"{parts[0]} no whole model was measured."
+
+
+def _cases_of(machine: Machine, op: str) -> list[list[Row]]:
+    return cases([row for row in machine.rows if row.op == op])
+
+
+def _of_many_models(mine: Sequence[Row]) -> list[tuple[str, ...]]:
+    """A line for each batch and dtype: the mean gain over the original models, and the least and the most."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in mine:
+        groups.setdefault((str(shape_of(row.shape)["B"]), row.dtype), []).append(row)
+    lines: list[tuple[str, ...]] = []
+    for (batch, dtype), rows in groups.items():
+        ratios = [row.ratio or 1.0 for row in rows]
+        case = f"{counted(len(rows), 'model')}, {counted(int(batch), 'image')}, {_PRECISION[dtype]}"
+        text = f"{geometric_mean(ratios):.2f} (models: {min(ratios):.2f}–{max(ratios):.2f})"
+        lines.append((case, "–", "–", "the original", text))
+    return lines
+
+
+def brief(machine: Machine) -> str:
+    """One paragraph: geometric means of the gain over the fastest peer."""
+    words = []
+    for op, what in _HEADLINES.items():
+        mine = [row for case in _cases_of(machine, op) if (row := ours_of(case)) and row.ratio]
+        by_dtype = {
+            dtype: geometric_mean([row.ratio or 1.0 for row in mine if row.dtype == dtype])
+            for dtype in dict.fromkeys(row.dtype for row in mine)
+        }
+        if by_dtype:
+            words.append(f"{what} " + ", ".join(f"{_PRECISION[d]} {mean:.2f}" for d, mean in by_dtype.items()))
+    means = "; ".join(words) or "no whole model was measured"
+    return f"{machine.name}, {machine.date[:10]}, fastest peer / vitfast, geometric means: {means}."
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
 
 
 def _kept(rows: Sequence[Row]) -> list[str]:
@@ -96,7 +139,7 @@ def standing(machine: Machine) -> str:
     lines = []
     for key, rows in groups.items():
         counts = [str(sum(verdict(row) == word for row in rows)) for word in ("faster", "equal", "slower")]
-        mean = math.exp(sum(math.log(row.ratio or 1.0) for row in rows) / len(rows))
+        mean = geometric_mean([row.ratio or 1.0 for row in rows])
         floor = sum(row.floor_share or 0.0 for row in rows) / len(rows)
         lines.append((*key, *counts, f"{mean:.2f}", percent(floor)))
     head = ("op", "dtype", "pass", "faster", "equal", "slower", "peer / vitfast, geometric mean", "of the floor, mean")

@@ -1,7 +1,7 @@
 """How long calls take: by the clock on a CPU, by device events or CUDA graphs on a GPU; and how much memory they take.
 
 A call is timed several times in a row, each time on the next of several copies of its inputs, so that no call finds its
-operands in the cache (the copies together are larger than the last-level cache).
+operands in the cache (the copies together are larger than the caches that count, see ``machine.cold_mib``).
 """
 
 from __future__ import annotations

@@ -28,8 +28,10 @@ from . import (
 )
 from .harness import Case, DeviceLost, Settings, first_line, run_case, shape_text
 from .machine import measure, origin
+from .pace import Pace
 from .peers import absent
 from .presets import thread_counts
+from .schema import Row
 
 _OP_DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16",)}
 _TRAIN_DTYPES = {"cpu": ("float32", "autocast"), "cuda": ("autocast", "bfloat16")}
@@ -80,8 +82,12 @@ class Item:
     dtype: str
 
     @property
+    def key(self) -> tuple[str, str, str]:
+        return self.op, shape_text(self.shape), self.dtype
+
+    @property
     def title(self) -> str:
-        return f"{self.op} {shape_text(self.shape)} {self.dtype}"
+        return " ".join(self.key)
 
     def case(self, device: str) -> Case:
         return SUITES[self.suite].module.case(self.op, self.shape, self.dtype, device)
@@ -105,7 +111,7 @@ def plan(
         suite = SUITES[name]
         chosen = product_of(shapes, name, suite) if shapes else suite.shapes[_key(preset, device)]
         ops = suite.ops
-        if preset in _SWEEPS:
+        if preset in SWEEPS:
             ops = ops[:1]
         if preset == "threads":
             chosen = [shape | {"T": n} for shape in chosen[:1] for n in thread_counts(torch.get_num_threads())]
@@ -117,7 +123,25 @@ def plan(
     return items
 
 
-_SWEEPS = ("growth", "threads")
+def check(items: Sequence[Item], device: str, settings: Settings) -> None:
+    """Raise ValueError where a case cannot be, or where all that was named is nobody, before minutes of measuring."""
+    for item in items:
+        module = SUITES[item.suite].module
+        if hasattr(module, "check"):  # making these cases makes models
+            module.check(item.shape)
+        else:
+            item.case(device)
+    if (settings.providers or settings.directions) and len({item.suite for item in items}) == 1:
+        case = items[0].case(device)
+        if settings.directions and not set(case.directions) & set(settings.directions):
+            raise ValueError(f"--direction: {case.op} has {', '.join(case.directions)} only")
+        found = case.providers() if settings.providers else []
+        if found and not any(map(settings.wants, found)):
+            names = ", ".join(provider.name for provider in found)
+            raise ValueError(f"--providers {' '.join(settings.providers)}: nobody; there are {names}")
+
+
+SWEEPS = ("growth", "threads")
 
 
 def _key(preset: str, device: str) -> str:
@@ -183,20 +207,21 @@ class Session:
     preset: str = "standard"
     content: dict[str, Any] = field(default_factory=dict)
 
-    def start(self, items: Sequence[Item]) -> None:
+    def start(self, items: Sequence[Item], machine: dict[str, Any] | None = None) -> None:
+        """An empty result for these cases, on ``machine`` if that was measured already."""
         from .harness import TORCH_DTYPE
 
         dtypes = tuple(dict.fromkeys(TORCH_DTYPE[item.dtype] for item in items)) or (torch.float32,)
         modules = dict.fromkeys(m for item in items for m in SUITES[item.suite].module.PEERS)
         self.content = {
             "schema": schema.SCHEMA,
-            "machine": measure(self.device, dtypes),
+            "machine": machine or measure(self.device, dtypes),
             **origin(self.command),
             "preset": self.preset,
             "rows": [],
             "absent": absent(modules, self.device),
         }
-        if self.preset in _SWEEPS and not self.settings.providers:
+        if self.preset in SWEEPS and not self.settings.providers:
             for suite in dict.fromkeys(item.suite for item in items):
                 names = ", ".join(SUITES[suite].long)
                 self._leave_out(names, f"{suite}: not in the {self.preset} preset unless named with --providers")
@@ -209,13 +234,21 @@ class Session:
             Stopped: by Ctrl-C; likewise.
         """
         self.start(items)
+        return self.go_on(items, deadline)
+
+    def go_on(self, items: Sequence[Item], deadline: float | None = None, pace: Pace | None = None) -> dict[str, Any]:
+        """As ``run``, adding to a result that was started or read from a file; ``pace`` says how long each case is timed."""
         with progress(len(items)) as (report, advance):
             for i, item in enumerate(items):
                 if deadline is not None and time.monotonic() > deadline:
                     self._leave_out(item.title, "no time left for it")
                     continue
+                settings = dataclasses.replace(self.settings, report=report)
+                if pace is not None:
+                    settings.seconds = pace.seconds(len(items) - i)
+                started = time.monotonic()
                 try:
-                    self._run_item(item, report)
+                    rows = self._run_item(item, settings)
                 except KeyboardInterrupt:
                     for left in items[i:]:
                         self._leave_out(left.title, "stopped before it was done")
@@ -223,14 +256,16 @@ class Session:
                 except DeviceLost:
                     self.save()
                     raise
+                if pace is not None:
+                    pace.learn(time.monotonic() - started, settings.seconds, len({row.direction for row in rows}))
                 self.save()
                 advance()
         return self.content
 
-    def _run_item(self, item: Item, report: Callable[[str], None]) -> None:
-        settings = dataclasses.replace(self.settings, report=report)
-        if self.preset in _SWEEPS and not settings.providers:
+    def _run_item(self, item: Item, settings: Settings) -> list[Row]:
+        if self.preset in SWEEPS and not settings.providers:
             settings.providers = tuple(f"!{pattern}" for pattern in SUITES[item.suite].long)
+        rows: list[Row] = []
         try:
             with threads(int(item.shape.get("T", 0))):
                 rows = run_case(item.case(self.device), self.content["machine"], settings)
@@ -240,8 +275,8 @@ class Session:
             if "can't allocate memory" not in str(error):
                 raise
             self._leave_out(item.title, f"out of memory: {first_line(error)}")
-        else:
-            self.content["rows"] += [dataclasses.asdict(row) for row in rows]
+        self.content["rows"] += [_six_digits(dataclasses.asdict(row)) for row in rows]
+        return rows
 
     def _leave_out(self, title: str, reason: str) -> None:
         self.content["absent"].append({"provider": title, "reason": reason, "install": ""})
@@ -250,6 +285,11 @@ class Session:
     def save(self) -> None:
         if self.path is not None:
             schema.write(self.path, self.content)
+
+
+def _six_digits(entry: dict[str, Any]) -> dict[str, Any]:
+    """More than any clock has, and half of the file's size."""
+    return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in entry.items()}
 
 
 @contextlib.contextmanager
@@ -270,8 +310,11 @@ def progress(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[], N
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Column
 
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    whole = Column(no_wrap=True, min_width=7)  # the text gives way, not the figures
+    text = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
+    columns = (BarColumn(16), MofNCompleteColumn(table_column=whole), TimeElapsedColumn(table_column=whole), text)
+    with Progress(*columns, console=Console(stderr=True), transient=True, expand=True) as bar:
         task = bar.add_task("measuring the machine", total=total)
         yield lambda text: bar.update(task, description=text), lambda: bar.advance(task)

@@ -35,6 +35,11 @@ class Machine:
         return f"{machine['name']}{threads}"
 
     @property
+    def date(self) -> str:
+        """Of its newest file; later ones sort behind."""
+        return max(str(content["date"]) for content in self.contents)
+
+    @property
     def rows(self) -> tuple[Row, ...]:
         first = _distinct(self._of("standard")) or _distinct(self._of("overview"))
         return first or tuple(row for row in self.every if THREADS not in shape_of(row.shape))

@@ -55,6 +55,7 @@ STABLE_TORCH_LIBRARY(vitfast_C, m) {
     m.def(
         "blocks_forward(Tensor x, Tensor[] parameters, int heads, float scale, float eps, str activation, "
         "Tensor cu_seqlens, int max_seqlen, Tensor(a!) out) -> ()");
+    m.def("multiply_add_rate(str dtype, float seconds) -> float");
     m.def("cpu_capability() -> str");
     m.def("set_cpu_capability(str capability) -> ()");
 }

@@ -48,6 +48,7 @@ MACHINE = {
     "name": "Test CPU",
     "threads": 1,
     "cache_mib": 1.0,
+    "cold_mib": 2.0,
     "copy_gb_per_s": 10.0,
     "matrix_tflops": {"float32": 0.1, "bfloat16": 0.2},
     "launch_us": 1.0,

@@ -252,6 +252,8 @@ def test_info(capsys):
     facts = json.loads(capsys.readouterr().out)
     assert facts["versions"]["torch"] == torch.__version__.split("+")[0]
     assert facts["cpu"]["threads"] == torch.get_num_threads()
+    assert {"float32", "bfloat16"} <= set(facts["cpu"]["tflops"])
+    assert all(0 < rate < 1e4 for rate in facts["cpu"]["tflops"].values())
     assert {"_C", "_C_cuda"} == set(facts["extension"])
     assert any(row["backend"] == "torch" and row["available"] for row in facts["backends"])
     assert main(["info"]) == 0
@@ -261,6 +263,7 @@ def test_info(capsys):
         assert row["available"] or " ".join(row["reason"].split()) in text
     for status in facts["extension"].values():
         assert status["loaded"] or " ".join(status["error"].split()) in text
+    assert re.search(r"limit, TFLOP/s: float32 [\d.]+, bfloat16 [\d.]+", text)
     assert "measured" not in text
     assert main(["info", "--rates"]) == 0
     assert re.search(

@@ -49,7 +49,17 @@ def product(x: Tensor, weight: Tensor, **options) -> Tensor:
     dtype = x.dtype if residual is None else residual.dtype
     out = torch.full((x.shape[0], weight.shape[1 if transposed else 0]), float("nan"), dtype=dtype)
     rest = [options.get(name) for name in ("scale", "drop_path", "before")]
-    C.linear(x, weight, transposed, options.get("packed"), options.get("bias"), options.get("activation", "none"), residual, *rest, out)
+    C.linear(
+        x,
+        weight,
+        transposed,
+        options.get("packed"),
+        options.get("bias"),
+        options.get("activation", "none"),
+        residual,
+        *rest,
+        out,
+    )
     return out
 
 

@@ -53,6 +53,8 @@ def test_works_without_it(bare_package: Path, damage: bytes | None) -> None:
     assert not status["loaded"]
     expected = "is not built" if damage is None else "_C.abi3.so: "  # the loader's own words name the file
     assert expected in status["error"]
+    assert facts["cpu"]["tflops_measured_by"] == "the fastest matrix product"
+    assert all(rate > 0 for rate in facts["cpu"]["tflops"].values())
     reasons = {row["reason"] for row in facts["backends"] if row["backend"] == "cpu"}
     assert all("did not load" in reason and expected in reason for reason in reasons)
     assert status["error"].splitlines()[0][:40] in run(bare_package, "-m", "vitfast.cli.main", "info")

@@ -182,3 +182,34 @@ void multiply_tiles(Operand a, const uint32_t* panel, int64_t pitch, int64_t row
         }
     }
 }
+
+// Rows of `pitch` bytes whose first `width` bytes are needed, as a stream in `times` parts.
+VITFAST_INLINE Ahead stream_rows(const void* start, int64_t rows, int64_t width, int64_t pitch, int64_t times) {
+    return {static_cast<const char*>(start), rows, width, pitch, rows * ((width + 63) / 64) / times + 1};
+}
+
+// sums[rows, kGroupWidth] = (or, prefilled, +=) A[rows, words] * panel[words, columns]: kGroupWords of the panel stay
+// in L1 while the rows pass, their sums in L2 meanwhile. As the last words' turn comes for 32 rows, begin(row, rows,
+// times) may set streams, which are then followed `times` times; when their sums are made, end(row, rows, sums) is
+// called.
+template <bool kBytes, class Sum, class Begin, class End>
+void multiply_panel_by_tiles(Operand a, const uint32_t* panel, int64_t rows, int64_t columns, int64_t words, Sum* sums,
+                             bool prefilled, Streams* streams, const Begin& begin, const End& end) {
+    const int64_t steps = (words + kTile - 1) / kTile;
+    const int64_t parts = std::max<int64_t>(1, (words + kGroupWords - 1) / kGroupWords);
+    int64_t configured = 0;
+    for (int64_t part = 0; part < parts; ++part) {
+        const int64_t from = steps * part / parts * kTile, to = std::min(words, steps * (part + 1) / parts * kTile);
+        for (int64_t m = 0; m < rows; m += kBlockHeight) {
+            const int64_t height = std::min(rows - m, kBlockHeight);
+            const bool last = part == parts - 1;
+            if (last) begin(m, height, std::max<int64_t>(1, (to - from) / kTile * 2));
+            const Operand block{a.data + m * a.row + from * a.word, a.row, a.word};
+            Sum* const block_sums = sums + m * kGroupWidth;
+            multiply_tiles<kBytes>(block, panel + from * columns, columns, height, columns, to - from, block_sums,
+                                   kGroupWidth, prefilled || part > 0, &configured, streams);
+            if (last) end(m, height, block_sums);
+        }
+    }
+    configure_tiles(0);
+}

@@ -100,14 +100,16 @@ AttentionBias bias_of(const OptionalTensor& bias) {
 namespace {
 
 // Query rows at a time: a whole number of register tiles, few enough for their logits to stay in L2.
-int64_t query_block(int64_t length) {
-    constexpr int64_t kMost = 36, kLeast = 12, kLogits = 64 * 1024;
-    return std::clamp(kLogits / std::max<int64_t>(length, 1) / kLeast * kLeast, kLeast, kMost);
+int64_t query_block(int64_t length, bool tiles) {
+    constexpr int64_t kLogits = 64 * 1024;
+    const int64_t least = tiles ? 32 : 12, most = tiles ? 64 : 36;
+    return std::clamp(kLogits / std::max<int64_t>(length, 1) / least * least, least, most);
 }
 
 template <class Y>
 void run_forward(const AttentionForward<Y>& args, const AttentionShape& shape) {
-    const int64_t block = query_block(shape.longest);
+    const bool tiles = std::is_same_v<Y, bf16> && cpu_capability() == Capability::kAmx;
+    const int64_t block = query_block(shape.longest, tiles);
     const int64_t threads = torch::stable::get_num_threads();
     const int64_t columns = (shape.longest + 15) / 16 * 16, width = (shape.head_dim + 15) / 16 * 16;
     const int64_t words =

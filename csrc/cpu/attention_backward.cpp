@@ -13,9 +13,10 @@ namespace vitfast {
 namespace {
 
 // Query rows at a time: whole register tiles, an even number for bf16 pairs, S and dP together small enough for L2.
-int64_t query_block(int64_t length) {
-    constexpr int64_t kMost = 72, kLeast = 12, kLogits = 64 * 1024;
-    return std::clamp(kLogits / std::max<int64_t>(length, 1) / kLeast * kLeast, kLeast, kMost);
+int64_t query_block(int64_t length, bool tiles) {
+    constexpr int64_t kLogits = 64 * 1024;
+    const int64_t least = tiles ? 32 : 12, most = tiles ? 64 : 72;
+    return std::clamp(kLogits / std::max<int64_t>(length, 1) / least * least, least, most);
 }
 
 // What one thread does in one go: heads that add to the same slice of d_bias in a fixed order, into partial sums of
@@ -63,7 +64,8 @@ void run_backward(const AttentionBackward<Y>& args, const AttentionShape& shape,
     } else {
         for (const HeadOfSequence& item : shape.items) units.push_back({0, {item}});
     }
-    const int64_t block = query_block(shape.longest), threads = torch::stable::get_num_threads();
+    const bool tiles = std::is_same_v<Y, bf16> && cpu_capability() == Capability::kAmx;
+    const int64_t block = query_block(shape.longest, tiles), threads = torch::stable::get_num_threads();
     const int64_t columns = (shape.longest + 15) / 16 * 16, width = (shape.head_dim + 15) / 16 * 16;
     const int64_t words =
         5 * columns * width + 5 * block * width + 5 * block * columns + (shape.longest + block) * shape.head_dim;

@@ -5,9 +5,11 @@
 #include <vector>
 
 #include "check.h"
+#define VITFAST_WITH_AMX
 #define VITFAST_WITH_VNNI
 #include "isa.h"
 #include "linear.h"
+#include "scratch.h"
 
 // Linear layers in 8-bit integers: weights scaled per output, rows of x scaled one by one when they arrive. Shapes:
 // T rows, I inputs (contracted), W = I / 4 rounded up words of 4 numbers, O outputs.
@@ -15,6 +17,8 @@ namespace vitfast {
 
 constexpr float kLeastMagnitude = 1e-30f;  // so that 127 / magnitude is finite; a row of less becomes 0
 constexpr int64_t kMostInputs = 65536;     // 255 * 127 * I fits 32 bits
+constexpr int64_t kBlockRows =
+    224;  // 7 blocks of AMX's tiles: what a panel read from L3 serves; 197 tokens are one block
 
 template <class X>
 struct QuantizeRows {
@@ -52,10 +56,8 @@ constexpr auto kFloat = ScalarType::Float;
 constexpr auto kBFloat16 = ScalarType::BFloat16;
 constexpr auto kCpu = Device::kCpu;
 
-constexpr int64_t kBlockRows = 204;  // 34 register tiles: what a panel read from L3 serves; 197 tokens are one block
-constexpr int64_t kLeastRows = 24;   // of a block, where there would be fewer items than threads
-constexpr int64_t kItems = 4;        // per thread: none is idle for long at the end
-constexpr int64_t kMostTileRows = 6;
+constexpr int64_t kLeastRows = 24;  // of a block, where there would be fewer items than threads
+constexpr int64_t kItems = 4;       // per thread: none is idle for long at the end
 
 template <class Run>
 void with_dtype(const Tensor& x, const Run& run) {
@@ -87,7 +89,8 @@ void multiply(const Int8Product<Y>& args) {
     const int64_t parts = std::min(panels, (threads * kItems + blocks - 1) / blocks), items = blocks * parts;
     std::atomic<int64_t> next{0};
     torch::stable::parallel_for(0, std::min(threads, items), 1, [&](int64_t, int64_t) {
-        alignas(64) int32_t sums[kMostTileRows * kPanelColumns];
+        Scratch scratch(kBlockRows * kPanelColumns);
+        int32_t* const sums = scratch.take<int32_t>(kBlockRows * kPanelColumns);
         for (int64_t i = next++; i < items; i = next++) {
             const int64_t block = i / parts, part = i % parts;
             const int64_t begin = args.rows * block / blocks, end = args.rows * (block + 1) / blocks;

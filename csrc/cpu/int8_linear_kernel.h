@@ -214,19 +214,44 @@ void finish_int8(const Int8Product<Y>& a, const int32_t* sums, int64_t row, int6
 template <class Y>
 void finish_int8(const Int8Product<Y>& a, const int32_t* sums, int64_t row, int64_t rows, int64_t first,
                  int64_t count) {
+    constexpr bool kFast = std::is_same_v<Y, bf16>;
     switch (a.finish) {
         case Finish::kGelu:
-            return finish_int8<Gelu<true>>(a, sums, row, rows, first, count);
+            return finish_int8<Gelu<kFast>>(a, sums, row, rows, first, count);
         case Finish::kGeluTanh:
-            return finish_int8<GeluTanh<true>>(a, sums, row, rows, first, count);
+            return finish_int8<GeluTanh<kFast>>(a, sums, row, rows, first, count);
         case Finish::kQuickGelu:
-            return finish_int8<Silu<true, true>>(a, sums, row, rows, first, count);
+            return finish_int8<Silu<true, kFast>>(a, sums, row, rows, first, count);
         case Finish::kNone:
             return finish_int8<void>(a, sums, row, rows, first, count);
     }
 }
 
-// Output rows [begin, end) of the panels [first, last); sums: kTileRows * kPanelColumns numbers of scratch.
+#if VITFAST_AMX
+// Output rows [begin, end), at most kBlockRows, of the panel `index`; meanwhile the next one comes into L2.
+template <class Y>
+void multiply_int8_by_tiles(const Int8Product<Y>& a, int64_t begin, int64_t end, int64_t index, const uint32_t* panel,
+                            Ahead next, int32_t* sums) {
+    static_assert(kGroupWidth == kPanelColumns);
+    const int64_t words = a.pitch / 4, columns = panel_columns(a.outputs, index), first = index * kPanelColumns;
+    const int64_t count = std::min(kPanelColumns, a.outputs - first);
+    for (int64_t i = 0; i < end - begin; ++i) std::copy_n(a.start + first, columns, sums + i * kPanelColumns);
+    const Operand left{reinterpret_cast<const uint32_t*>(a.q + begin * a.pitch), words, 1};
+    Streams streams{next, {}, {}};
+    multiply_panel_by_tiles<true>(
+        left, panel, end - begin, columns, words, sums, true, &streams,
+        [&](int64_t m, int64_t height, int64_t times) {
+            const int64_t start = (begin + m) * a.outputs + first, size = sizeof(Y);
+            streams.outputs = stream_rows(a.out + start, height, count * size, a.outputs * size, times);
+            if (!a.residual) return;
+            streams.residual = stream_rows(a.residual + start, height, count * size, a.outputs * size, times);
+        },
+        [&](int64_t m, int64_t height, const int32_t* made) { finish_int8(a, made, begin + m, height, first, count); });
+}
+#endif
+
+// Output rows [begin, end), at most kBlockRows, of the panels [first, last); sums: kBlockRows * kPanelColumns numbers
+// of scratch.
 template <class Y>
 void multiply_int8(const Int8Product<Y>& a, int64_t begin, int64_t end, int64_t first, int64_t last, int32_t* sums) {
     const int64_t words = a.pitch / 4, rows = end - begin, tiles = (rows + kTileRows - 1) / kTileRows;
@@ -236,8 +261,14 @@ void multiply_int8(const Int8Product<Y>& a, int64_t begin, int64_t end, int64_t 
         const uint32_t* const panel = a.packed + at * words;
         // The next panel comes into L2 while this one is in use.
         const int64_t next = index + 1 < last ? panel_columns(a.outputs, index + 1) * words * 4 : 0;
-        const int64_t times = std::max<int64_t>(1, tiles * ((words + kAheadWords - 1) / kAheadWords));
+        const int64_t steps = VITFAST_AMX ? (rows + 31) / 32 * 2 * ((words + 15) / 16)
+                                          : tiles * ((words + kAheadWords - 1) / kAheadWords);
+        const int64_t times = std::max<int64_t>(1, steps);
         Ahead ahead{reinterpret_cast<const char*>(panel + columns * words), next > 0, next, 0, next / 64 / times + 1};
+#if VITFAST_AMX
+        multiply_int8_by_tiles(a, begin, end, index, panel, ahead, sums);
+        continue;
+#endif
         for (int64_t tile = 0; tile < tiles; ++tile) {
             const int64_t m = begin + rows * tile / tiles, height = begin + rows * (tile + 1) / tiles - m;
             for (int64_t i = 0; i < height; ++i) {

@@ -86,42 +86,23 @@ VITFAST_INLINE void multiply_vectors(int64_t vectors, int rows, Operand a, const
 }
 
 #if VITFAST_AMX
-// What the outputs of rows [row, row + rows) and columns [first, first + count) need, fetched in `times` times.
-template <class X>
-void stream_outputs(const Product<X, bf16>& a, int64_t row, int64_t rows, int64_t first, int64_t count, int64_t times,
-                    Streams* streams) {
-    const int64_t start = row * a.outputs + first, width = count * sizeof(X), pitch = a.outputs * sizeof(X);
-    const int64_t lines = rows * ((width + 63) / 64) / times + 1;
-    streams->outputs = {reinterpret_cast<const char*>(a.out + start), rows, width, pitch, lines};
-    if (a.residual) streams->residual = {reinterpret_cast<const char*>(a.residual + start), rows, width, pitch, lines};
-}
-
-// multiply_panel by tiles: kGroupWords of the panel stay in L1 while the rows pass, their sums in L2 meanwhile.
 template <class X>
 void multiply_panel_by_tiles(const Product<X, bf16>& a, Operand left, int64_t begin, int64_t rows, int64_t index,
                              const uint32_t* right, float* sums, Ahead* ahead) {
+    static_assert(kGroupWidth == kPanelColumns);
     const int64_t words = words_for<true>(a.inputs), columns = panel_columns(a.outputs, index);
     const int64_t first = index * kPanelColumns, count = std::min(kPanelColumns, a.outputs - first);
-    const int64_t steps = (words + kTile - 1) / kTile,
-                  parts = std::max<int64_t>(1, (words + kGroupWords - 1) / kGroupWords);
     Streams streams{ahead ? *ahead : Ahead{}, {}, {}};
     if (words == 0) std::fill(sums, sums + rows * kPanelColumns, 0.0f);
-    int64_t configured = 0;
-    for (int64_t part = 0; part < parts; ++part) {
-        const int64_t from = steps * part / parts * kTile, to = std::min(words, steps * (part + 1) / parts * kTile);
-        for (int64_t m = 0; m < rows; m += kBlockHeight) {
-            const int64_t height = std::min(rows - m, kBlockHeight);
-            const Operand block{left.data + m * left.row + from * left.word, left.row, left.word};
-            float* const tile_sums = sums + m * kPanelColumns;
-            const bool last = part == parts - 1;
-            if (last)
-                stream_outputs(a, begin + m, height, first, count, std::max<int64_t>(1, (to - from) / 8), &streams);
-            multiply_tiles(block, right + from * columns, columns, height, columns, to - from, tile_sums, kPanelColumns,
-                           part > 0, &configured, &streams);
-            if (last) finish_rows(a, tile_sums, begin + m, height, first, count);
-        }
-    }
-    configure_tiles(0);
+    multiply_panel_by_tiles<false>(
+        left, right, rows, columns, words, sums, false, &streams,
+        [&](int64_t m, int64_t height, int64_t times) {
+            const int64_t start = (begin + m) * a.outputs + first, size = sizeof(X);
+            streams.outputs = stream_rows(a.out + start, height, count * size, a.outputs * size, times);
+            if (!a.residual) return;
+            streams.residual = stream_rows(a.residual + start, height, count * size, a.outputs * size, times);
+        },
+        [&](int64_t m, int64_t height, const float* made) { finish_rows(a, made, begin + m, height, first, count); });
     if (ahead) *ahead = streams.panel;
 }
 #endif

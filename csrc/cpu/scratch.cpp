@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kHugePage = 2 << 20;
 constexpr int64_t kLeastHuge = 256 << 10;  // bytes; in small pages it takes the whole first-level TLB
-constexpr int64_t kMostKept = 256 << 20;  // bytes of a thread; what would go over it is given back
+constexpr int64_t kMostKept = 256 << 20;   // bytes of a thread; what would go over it is given back
 
 int64_t round_up(int64_t bytes, int64_t step) { return (bytes + step - 1) / step * step; }
 

@@ -1,8 +1,10 @@
 """How fast is it here: kernels and models beside plain PyTorch and other libraries, and how far from the machine's floor.
 
-Without a name: an overview of two minutes. `vitfast bench report DIR` makes tables and plots of saved results."""
+Without a name: an overview of two minutes. `vitfast bench all --out DIR` runs every suite and its sweeps in about 50 minutes, and
+goes on where it stopped. `vitfast bench report DIR` makes tables and plots of saved results."""
 
 import argparse
+import logging
 import shlex
 import sys
 import warnings
@@ -20,9 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what",
         nargs="?",
-        choices=(*options.SUITES, "report"),
+        choices=(*options.SUITES, "all", "report"),
         metavar="NAME",
-        help=f"{', '.join(options.SUITES)}, or report",
+        help=f"{', '.join(options.SUITES)}, all or report",
     )
     parser.add_argument("folder", nargs="?", type=Path, metavar="DIR", help="report: the folder of result files")
     options.add_run_options(parser)
@@ -38,23 +40,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore", category=UserWarning)  # of libraries: they would break up the progress bar
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # likewise, of a CUDA toolkit without a GPU
     if args.what == "report":
         return _report(args)
     if args.folder is not None or args.into:
         raise ValueError("DIR and --into go with `vitfast bench report` only")
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)  # an error comes before minutes of measuring
+    if args.what == "all":
+        return _all(args)
     from vitfast.benchmarks import schema
 
-    baseline = schema.read(args.check) if args.check else None  # before minutes of measuring
+    baseline = schema.read(args.check) if args.check else None  # likewise
     names = (args.what,) if args.what else options.SUITES
     if args.against:
         return _against(args, names)
-    command = "vitfast bench " + shlex.join(sys.argv[2:]) if len(sys.argv) > 2 else "vitfast bench"
-    path = None if args.out is None else args.out / _file_name(args.what, options.preset_of(names, args))
+    path = None if args.out is None else args.out / options.file_name(args.what, options.preset_of(names, args))
     from vitfast.benchmarks.suites import Stopped
 
     stopped = None
     try:
-        content = options.run(names, args, command, path)
+        content = options.run(names, args, _command(), path)
     except Stopped as early:
         stopped, content = early, early.content
     from vitfast.benchmarks.report import print_table
@@ -69,12 +75,42 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_WRONG if _say_wrong(content) else code
 
 
-def _file_name(suite: str | None, preset: str) -> str:
-    """model.json, model-growth.json, overview.json, smoke.json: several runs fit in one folder."""
-    words = [] if suite is None else [suite]
-    if preset != "standard" or suite is None:
-        words.append(preset)
-    return "-".join(words) + ".json"
+def _command() -> str:
+    return "vitfast bench " + shlex.join(sys.argv[2:]) if len(sys.argv) > 2 else "vitfast bench"
+
+
+def _all(args: argparse.Namespace) -> int:
+    """Every suite; the report at the end, or at Ctrl-C, is of what there is."""
+    if args.out is None:
+        raise ValueError("all needs a folder for its result files: vitfast bench all --out DIR")
+    not_here = ("shapes", "direction", "longest", "timing", "check", "against")
+    if given := [f"--{name}" for name in not_here if getattr(args, name)]:
+        raise ValueError(f"{', '.join(given)} cannot go with all; name one suite")
+    if args.preset not in (None, "dry"):
+        raise ValueError("all runs presets standard, growth, threads and smoke; --preset can only be dry")
+    from vitfast.benchmarks import everything, report, schema
+    from vitfast.benchmarks.suites import Stopped
+
+    device = options.device_of(args)
+    minutes = args.minutes or everything.MINUTES
+    steps = everything.DRY if args.preset == "dry" else everything.STEPS
+    stopped = False
+    try:
+        everything.Everything(
+            args.out, device, _command(), minutes, tuple(args.dtype), tuple(args.providers), steps
+        ).run()
+    except Stopped:
+        stopped = True
+    if not list(args.out.glob("*.json")):
+        return EXIT_INTERRUPTED
+    machine = next(m for m in report.machines(args.out) if m.folder == args.out)
+    schema.write_text(args.out / "results.csv", schema.to_csv(list(machine.every)))
+    print("\n".join(map(str, [args.out / "results.csv", *_folder_report(args.out)])))
+    if stopped:
+        print("vitfast: interrupted; the same command goes on from here", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    wrong = [_say_wrong(content) for content in machine.contents]
+    return EXIT_WRONG if any(wrong) else 0
 
 
 def _say_wrong(content: dict[str, Any]) -> bool:
@@ -143,6 +179,7 @@ def _check(content: dict[str, Any], baseline: dict[str, Any]) -> int:
 def _against(args: argparse.Namespace, names: tuple[str, ...]) -> int:
     from vitfast.benchmarks import compare
 
+    options.prepare(names, args, "", None)  # wrong options show before minutes of building
     print(f"building {args.against} in a worktree of its own", file=sys.stderr)
     with compare.other_commit(args.against) as tree:
         now, then = compare.against(tree, [*names, *_run_arguments(args, names)])

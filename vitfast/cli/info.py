@@ -1,4 +1,4 @@
-"""What vitfast finds here: versions, devices, CPU features, the extension, and which backend of which op runs."""
+"""What vitfast finds here: versions, devices, CPU features and rate, the extension, and which backend of which op runs."""
 
 import argparse
 import importlib.metadata
@@ -26,7 +26,7 @@ _CPU_FLAGS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--rates", action="store_true", help="also measure copies and matrix products (two seconds)")
+    parser.add_argument("--rates", action="store_true", help="also measure copies and matrix products (three seconds)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,10 +57,23 @@ def gather() -> dict[str, Any]:
             "features": cpu_features(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
+            **_multiply_adds(torch),
         },
         "extension": ops.extension_status(),
         "backends": ops.backends(),
     }
+
+
+def _multiply_adds(torch: Any) -> dict[str, Any]:
+    """The CPU's limit, measured in a second: of the chip itself, or without the extension of PyTorch's matrix products."""
+    from vitfast.benchmarks.machine import matrix_tflops
+    from vitfast.benchmarks.peak import chip_tflops, instruction_set
+
+    tflops, by = chip_tflops(), "multiply-adds on registers"
+    if not tflops:
+        tflops = {name: round(matrix_tflops(getattr(torch, name), "cpu"), 4) for name in ("float32", "bfloat16")}
+        by = "the fastest matrix product"
+    return {"instruction_set": instruction_set(), "tflops": tflops, "tflops_measured_by": by}
 
 
 def _rates() -> dict[str, dict[str, Any]]:
@@ -129,6 +142,9 @@ def _lines(facts: dict[str, Any]) -> list[str]:
         f"CPU   {cpu['model']}, {cpu['cores']} cores, torch uses {cpu['threads']} threads",
     ]
     lines.append(f"      {' '.join(cpu['features']) or 'features not known on this system'}")
+    limits = ", ".join(f"{name} {rate:.3g}" for name, rate in cpu["tflops"].items())
+    with_set = f" with {cpu['instruction_set']}" if cpu["instruction_set"] else ""
+    lines.append(f"      limit, TFLOP/s: {limits} ({cpu['tflops_measured_by']}{with_set}, {cpu['threads']} threads)")
     for gpu in cuda["devices"]:
         lines.append(
             f"GPU   {gpu['name']}, sm_{gpu['compute_capability'].replace('.', '')}, {gpu['memory_gib']} GiB, "
