@@ -24,10 +24,13 @@ void activation_backward_rows(const ActivationBackward<Y>& a, int64_t begin, int
 }
 
 template <class Y>
+constexpr bool kFast = std::is_same_v<Y, bf16>;
+
+template <class Y>
 void activation_forward_any(Kind kind, const Y* h, Y* out, int64_t begin, int64_t end) {
-    if (kind == Kind::kGeluTanh) return activation_forward_span<GeluTanh>(h, out, begin, end);
-    if (kind == Kind::kQuickGelu) return activation_forward_span<Silu<true>>(h, out, begin, end);
-    activation_forward_span<Gelu<std::is_same_v<Y, bf16>>>(h, out, begin, end);
+    if (kind == Kind::kGeluTanh) return activation_forward_span<GeluTanh<kFast<Y>>>(h, out, begin, end);
+    if (kind == Kind::kQuickGelu) return activation_forward_span<Silu<true, kFast<Y>>>(h, out, begin, end);
+    activation_forward_span<Gelu<kFast<Y>>>(h, out, begin, end);
 }
 
 // out = silu(gate) * up; a row of h is [gate | up], each `width` long.
@@ -37,7 +40,7 @@ void swiglu_forward_rows(const Y* h, Y* out, int64_t width, int64_t begin, int64
         const Y *gate = h + 2 * t * width, *up = gate + width;
         for (int64_t f = 0; f < width; f += kLanes) {
             const int64_t n = width - f;
-            store(out + t * width + f, Silu<false>::value(load(gate + f, n)) * load(up + f, n), n);
+            store(out + t * width + f, Silu<false, kFast<Y>>::value(load(gate + f, n)) * load(up + f, n), n);
         }
     }
 }
@@ -49,7 +52,7 @@ void swiglu_backward_rows(const ActivationBackward<Y>& a, int64_t begin, int64_t
         for (int64_t f = 0; f < a.width; f += kLanes) {
             const int64_t n = a.width - f;
             Vec value, slope;
-            Silu<false>::value_and_slope(load(a.h + gates + f, n), &value, &slope);
+            Silu<false, kFast<Y>>::value_and_slope(load(a.h + gates + f, n), &value, &slope);
             const Vec up = load(a.h + ups + f, n), d_act = load(a.d_act + row + f, n);
             const Vec d_gate = d_act * up * slope, d_up = d_act * value;
             store(a.d_h + gates + f, d_gate, n);
@@ -69,10 +72,10 @@ void activation_backward_any(Kind kind, const ActivationBackward<Y>& a, int64_t 
         case Kind::kSwiGlu:
             return swiglu_backward_rows(a, begin, end, d_bias);
         case Kind::kGeluTanh:
-            return activation_backward_rows<GeluTanh>(a, begin, end, d_bias);
+            return activation_backward_rows<GeluTanh<kFast<Y>>>(a, begin, end, d_bias);
         case Kind::kQuickGelu:
-            return activation_backward_rows<Silu<true>>(a, begin, end, d_bias);
+            return activation_backward_rows<Silu<true, kFast<Y>>>(a, begin, end, d_bias);
         case Kind::kGelu:
-            return activation_backward_rows<Gelu<std::is_same_v<Y, bf16>>>(a, begin, end, d_bias);
+            return activation_backward_rows<Gelu<kFast<Y>>>(a, begin, end, d_bias);
     }
 }

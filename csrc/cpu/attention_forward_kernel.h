@@ -49,7 +49,7 @@ VITFAST_INLINE float softmax_row(const float* row, float unit, int64_t columns, 
     const Vec centre = broadcast(top), to_log2 = broadcast(unit * kLog2E);
     Vec sum = {};
     for (int64_t j = 0; j < columns; j += kLanes) {
-        const Vec weight = exp2((load(row + j) - centre) * to_log2);
+        const Vec weight = exp2<std::is_same_v<W, bf16>>((load(row + j) - centre) * to_log2);
         sum += weight;
         store(weights + j, weight);
     }

@@ -214,13 +214,14 @@ void finish_int8(const Int8Product<Y>& a, const int32_t* sums, int64_t row, int6
 template <class Y>
 void finish_int8(const Int8Product<Y>& a, const int32_t* sums, int64_t row, int64_t rows, int64_t first,
                  int64_t count) {
+    constexpr bool kFast = std::is_same_v<Y, bf16>;
     switch (a.finish) {
         case Finish::kGelu:
-            return finish_int8<Gelu<true>>(a, sums, row, rows, first, count);
+            return finish_int8<Gelu<kFast>>(a, sums, row, rows, first, count);
         case Finish::kGeluTanh:
-            return finish_int8<GeluTanh>(a, sums, row, rows, first, count);
+            return finish_int8<GeluTanh<kFast>>(a, sums, row, rows, first, count);
         case Finish::kQuickGelu:
-            return finish_int8<Silu<true>>(a, sums, row, rows, first, count);
+            return finish_int8<Silu<true, kFast>>(a, sums, row, rows, first, count);
         case Finish::kNone:
             return finish_int8<void>(a, sums, row, rows, first, count);
     }

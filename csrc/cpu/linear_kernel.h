@@ -3,6 +3,8 @@
 // are rounded up to kPanelStep. The same for every instruction set, so that a packed weight fits whoever uses it.
 #include "gemm.h"
 #include "vec_math.h"
+// after those
+#include "few_rows.h"
 
 constexpr int kPanelVecs = VITFAST_LEVEL >= 2 ? 4 : 2;  // of a register tile; divides a whole panel's
 
@@ -58,11 +60,10 @@ void finish_rows(const Product<X, Y>& a, const float* sums, int64_t row, int64_t
 template <class X, class Y>
 void finish_rows(const Product<X, Y>& a, const float* sums, int64_t row, int64_t rows, int64_t first, int64_t count) {
     if constexpr (std::is_same_v<X, Y>) {
-        if (a.finish == Finish::kGelu) {
-            return finish_rows<Gelu<std::is_same_v<Y, bf16>>>(a, sums, row, rows, first, count);
-        }
-        if (a.finish == Finish::kGeluTanh) return finish_rows<GeluTanh>(a, sums, row, rows, first, count);
-        if (a.finish == Finish::kQuickGelu) return finish_rows<Silu<true>>(a, sums, row, rows, first, count);
+        constexpr bool kFast = std::is_same_v<Y, bf16>;
+        if (a.finish == Finish::kGelu) return finish_rows<Gelu<kFast>>(a, sums, row, rows, first, count);
+        if (a.finish == Finish::kGeluTanh) return finish_rows<GeluTanh<kFast>>(a, sums, row, rows, first, count);
+        if (a.finish == Finish::kQuickGelu) return finish_rows<Silu<true, kFast>>(a, sums, row, rows, first, count);
     }
     finish_rows<void>(a, sums, row, rows, first, count);
 }
@@ -174,6 +175,14 @@ Ahead fetch_panel(const RightOperand<Y>& right, int64_t index, int64_t words, in
 template <class X, class Y>
 void pack_and_multiply(const Product<X, Y>& a, const RightOperand<Y>& right, int64_t begin, int64_t end, int64_t index,
                        int64_t next, const Workspace& w) {
+    if constexpr (std::is_same_v<Y, float>) {
+        if (end - begin <= kFewRows && !right.transposed && !right.packed) {
+            const int64_t first = index * kPanelColumns, count = std::min(kPanelColumns, a.outputs - first);
+            multiply_few_rows(end - begin, a.x + begin * a.inputs, right.x + first * right.row_stride, right.row_stride,
+                              a.inputs, count, w.sums);
+            return finish_rows(a, w.sums, begin, end - begin, first, count);
+        }
+    }
     constexpr bool kTiles = VITFAST_AMX && kInPairs<Y>;
     constexpr int64_t kStep = kTiles ? 32 : kTileRows, kMost = kTiles ? kTileBlockRows : kBlockRows;
     const int64_t words = words_for<kInPairs<Y>>(a.inputs), steps = (end - begin + kStep - 1) / kStep;

@@ -12,12 +12,13 @@ namespace vitfast {
 namespace {
 
 constexpr int64_t kHugePage = 2 << 20;
-constexpr int64_t kMostKept = 256 << 20;  // bytes of a thread; what would go over it is given back
+constexpr int64_t kLeastHuge = 256 << 10;  // bytes; in small pages it takes the whole first-level TLB
+constexpr int64_t kMostKept = 256 << 20;   // bytes of a thread; what would go over it is given back
 
 int64_t round_up(int64_t bytes, int64_t step) { return (bytes + step - 1) / step * step; }
 
 void* allocate(int64_t bytes) {
-    const bool huge = bytes >= kHugePage;
+    const bool huge = bytes >= kLeastHuge;
     void* const data = std::aligned_alloc(huge ? kHugePage : 64, bytes);
     if (!data) throw std::bad_alloc();
 #ifdef __linux__
@@ -64,7 +65,7 @@ KeptMemory::KeptMemory(int64_t bytes) {
         kept.blocks.erase(best);
         return;
     }
-    bytes_ = round_up(bytes, bytes >= kHugePage ? kHugePage : 4096);
+    bytes_ = round_up(bytes, bytes >= kLeastHuge ? kHugePage : 4096);
     if (!kept.blocks.empty()) {  // outgrown
         kept.bytes -= kept.blocks.back().bytes;
         std::free(kept.blocks.back().data);
