@@ -153,15 +153,19 @@ def attention_forward_config(
         limit = 208 if head_dim <= 96 else 128 if head_dim <= 128 else 0
     else:
         limit = 128 if head_dim <= 64 else 0
-    if biased and (arch >= 100 or prepared or head_dim > 80):
-        # logits come out of tensor memory in a layout that takes more registers for the bias; Hopper's 208 leave none over,
-        # and heads of 88 spilled 16 bytes beside one (Triton 3.6)
-        limit = min(limit, 128)
+    if biased:
+        # Each bias element in flight takes its value and a 64-bit address: 128 keys at once spilled 72 to 88 bytes beside an
+        # fp32 bias, so they go in two chunks. Hopper's 208 leave no register over, and spilled 8 bytes with Triton 3.9.
+        # Beside norm and rotation of 64 columns 128 spilled 24.
+        limit = min(limit, 64 if prepared and head_dim > 32 else 128)
+        chunks = (64, 64, 0) if chunks == (128, 0, 0) else chunks
     if sum(chunks) <= limit:
         return AttentionConfig(queries=64, keys=0, chunks=chunks, warps=4)
     if arch >= 90:
         if head_dim <= 96:
-            return AttentionConfig(queries=64, keys=64 if head_dim > 32 else 32, chunks=(), warps=4, stages=2)
+            # 64 keys that are normalised, rotated and biased spilled 16 bytes (Triton 3.6)
+            keys = 32 if head_dim <= 32 or (biased and prepared) else 64
+            return AttentionConfig(queries=64, keys=keys, chunks=(), warps=4, stages=2)
         return AttentionConfig(queries=64, keys=32, chunks=(), warps=8, stages=2)
     if head_dim <= 96:
         return AttentionConfig(queries=64, keys=32, chunks=(), warps=4 if head_dim <= 64 else 8, stages=2)
@@ -206,7 +210,8 @@ def attention_backward_config(
     if prepared:
         # The raw tile, its tables and its norm come on top of both gradients of a tile: 256 keys in one pass spill, and so
         # do four warps. Rotation pads each half of the head (72 to 64 + 64), so heads over 64 take half the rows.
-        if head_dim <= 64 and padded <= 128 and arch >= 90:
+        # With both norms, rotation and packing one pass over 128 or 64 keys of 64 columns spilled 184 or 8 bytes.
+        if arch >= 90 and head_dim <= 32 and padded <= 128:
             return AttentionBackwardConfig(own=0, step=32, chunks=(padded, 0, 0), warps=8, stages=1)
         if head_dim <= 64:
             return looped(64, 32, 8) if arch >= 90 else looped(16, 32, 4)
