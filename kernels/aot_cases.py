@@ -141,8 +141,8 @@ def attention_case(L: int, E: int, options: str) -> Callable[[torch.dtype], None
             heads = heads._replace(k_norm=kind, k_weight=vector, k_bias=vector, k_eps=1e-6)
         lengths = (cu_seqlens, L, 0 if "packed" in wanted else L)
         given = (E**-0.5, bias, padding, heads, *lengths)
-        kind = (bias is not None or padding is not None, heads.active)
-        row = (L, options, *kind, E, dtype, device.dot_precision(dtype), device.device_properties(qkv.device).arch)
+        flags = (bias is not None or padding is not None, heads.active)
+        row = (L, options, *flags, E, dtype, device.dot_precision(dtype), device.device_properties(qkv.device).arch)
         if wanted_here(configs.attention_forward_config, *row):
             attention_forward.attention_forward(qkv, *given, out, lse)
         if wanted_here(configs.attention_backward_config, *row):

@@ -156,8 +156,8 @@ def attention_forward_config(
     if biased:
         # Each bias element in flight takes its value and a 64-bit address: 128 keys at once spilled 72 to 88 bytes beside an
         # fp32 bias, so they go in two chunks. Hopper's 208 leave no register over, and spilled 8 bytes with Triton 3.9.
-        # Beside norm and rotation of 64 columns 128 spilled 24.
-        limit = min(limit, 64 if prepared and head_dim > 32 else 128)
+        # Beside norm and rotation of 64 columns 128 spilled 24, and beside 128 columns 64 spilled 32 (Triton 3.9).
+        limit = min(limit, 0 if head_dim > 96 else 64 if prepared and head_dim > 32 else 128)
         chunks = (64, 64, 0) if chunks == (128, 0, 0) else chunks
     if sum(chunks) <= limit:
         return AttentionConfig(queries=64, keys=0, chunks=chunks, warps=4)
@@ -228,7 +228,8 @@ def attention_backward_config(
         if head_dim <= 64:
             return looped(64, 32 if biased else 64, 4, stages=2)
         if head_dim <= 128:
-            return looped(64, 32, 8, stages=2)
+            # a step of 32 rows beside an fp32 bias of 128 columns spilled 48 bytes (Triton 3.9)
+            return looped(64, 16 if biased and head_dim > 96 else 32, 8, stages=2)
         # 64 rows of two gradients are 128 fp32 per thread at head dim 256; Blackwell keeps them in tensor memory.
         return looped(64, 16, 8) if arch >= 100 and head_dim > 192 else looped(32, 32, 8)
     if head_dim <= 64:
