@@ -231,7 +231,10 @@ def attention_backward_config(
             # a step of 32 rows beside an fp32 bias of 128 columns spilled 48 bytes (Triton 3.9)
             return looped(64, 16 if biased and head_dim > 96 else 32, 8, stages=2)
         # 64 rows of two gradients are 128 fp32 per thread at head dim 256; Blackwell keeps them in tensor memory.
-        return looped(64, 16, 8) if arch >= 100 and head_dim > 192 else looped(32, 32, 8)
+        if arch >= 100 and head_dim > 192:
+            return looped(64, 16, 8)
+        # steps of 32 rows beside an fp32 bias of 256 columns spilled 16 to 24 bytes
+        return looped(32, 16 if biased and head_dim > 192 else 32, 8)
     if head_dim <= 64:
         return looped(64, 32, 8)
     # Ampere holds K and V of the whole loop as register operands; in two pieces (64 + 16, 64 + 32) only small tiles
@@ -259,7 +262,8 @@ def bias_gradient_config(
     if prepared:
         return BiasGradientConfig(tile=32 if head_dim <= 64 else 16, warps=8, programs=4, registers=ALL_REGISTERS)
     if head_dim > 128:
-        return BiasGradientConfig(tile=32 if arch >= 90 else 16, warps=8, programs=4, registers=ALL_REGISTERS)
+        # 32 rows of 192 columns spilled 160 bytes beside an fp32 bias (Triton 3.9)
+        return BiasGradientConfig(tile=16, warps=8, programs=4, registers=ALL_REGISTERS)
     # Four operands of a tile take eight warps at 64 rows, and Ampere, which holds them in registers, 32 rows.
     if arch >= 90:
         return BiasGradientConfig(tile=64, warps=8, programs=4)
