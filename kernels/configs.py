@@ -124,12 +124,17 @@ ALL_REGISTERS = 255
 # normalised or rotated on their way in.
 
 
-def attention_why_not(head_dim: int, dtype: torch.dtype) -> str | None:
-    """Why the attention kernels should not run, or None."""
+def attention_why_not(head_dim: int, dtype: torch.dtype, bias: bool = False, prepared: bool = False) -> str | None:
+    """Why the attention kernels should not run, or None. bias: with one added to the logits."""
     limit = 96 if dtype == torch.float32 else 256
-    if head_dim <= limit:
-        return None
-    return f"head dim {head_dim} with {dtype}: above {limit} a tile's operands spill out of registers"
+    if head_dim > limit:
+        return f"head dim {head_dim} with {dtype}: above {limit} a tile's operands spill out of registers"
+    # Even tiles of 16 rows took all 255 registers, and with Triton 3.9 8 bytes more.
+    if head_dim > 128 and bias and prepared:
+        return (
+            f"head dim {head_dim} with a bias beside norm or rotation: above 128 these spill out of registers together"
+        )
+    return None
 
 
 @functools.cache
@@ -231,6 +236,8 @@ def attention_backward_config(
             # a step of 32 rows beside an fp32 bias of 128 columns spilled 48 bytes (Triton 3.9)
             return looped(64, 16 if biased and head_dim > 96 else 32, 8, stages=2)
         # 64 rows of two gradients are 128 fp32 per thread at head dim 256; Blackwell keeps them in tensor memory.
+        if head_dim <= 160:
+            return looped(16, 16, 8)  # 128 + 32 columns spilled 592 bytes where 128 + 64 spill none
         if arch >= 100 and head_dim > 192:
             return looped(64, 16, 8)
         # steps of 32 rows beside an fp32 bias of 256 columns spilled 16 to 24 bytes
