@@ -17,6 +17,7 @@ from vitfast import ops
 from vitfast.ops.attention import attention_ref
 from vitfast.ops.linear_residual import linear_residual_ref
 from vitfast.ops.mlp import mlp_ref
+from vitfast.ops.norm_attention import norm_attention_ref
 from vitfast.ops.norm_linear import norm_linear_ref
 
 from .gate import Inputs
@@ -38,8 +39,9 @@ def case_of(
     dtype: str,
     device: str,
     wide: tuple[str, ...] = (),
+    gradients: bool = True,
 ) -> Case:
-    """Every tensor gets a gradient. ``wide``: those that stay fp32, as parameters under autocast."""
+    """Every tensor gets a gradient, or none does. ``wide``: those that stay fp32, as parameters under autocast."""
     kind = TORCH_DTYPE[dtype]
 
     def inputs() -> Inputs:
@@ -51,7 +53,7 @@ def case_of(
         dtype=dtype,
         device=device,
         inputs=inputs,
-        grads=tuple(tensors),
+        grads=tuple(tensors) if gradients else (),
         reference=reference,
         providers=partial(own_providers, op, run, device, kind),
         work={},
@@ -103,6 +105,16 @@ def product_cases(dtype: str, device: str, dry: bool) -> Iterator[tuple[str, Cas
             name = f"linear_residual {'fp32 stream ' if wide else ''}{more}"
             run, reference = ops.linear_residual, linear_residual_ref
             yield name, case_of("linear_residual", run, reference, given, dtype, device, wide)
+        half = {
+            "x": x,
+            **norm,
+            "qkv_weight": random(3 * D, D, seed=12, std=D**-0.5),
+            "qkv_bias": random(3 * D, seed=13),
+        }
+        half |= {"proj_weight": narrow, "proj_bias": small, "scale": random(D, seed=8)}
+        op, heads = "norm_attention", {"num_heads": D // 16 if dry else D // 64}
+        run, reference = partial(ops.norm_attention, **heads), partial(norm_attention_ref, **heads)
+        yield f"{op} {more}", case_of(op, run, reference, half, dtype, device, gradients=False)
         for activation in ("gelu_tanh", "quick_gelu", "swiglu"):
             hidden = 2 * F if activation == "swiglu" else F
             given = {
