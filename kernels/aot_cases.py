@@ -238,14 +238,16 @@ def all_cases() -> Iterator[Case]:
 
 def quick_cases() -> Iterator[Case]:
     """ViT-B's shapes and SigLIP's heads in bf16, for CI."""
-    for D in (768,):
-        shape = {"T": BATCH * 197, "D": D}
-        yield Case(f"layer_norm D={D}", norm_case(D), BF16, shape)
-        yield Case(f"layer_norm D={D} fp32 stream", norm_case(D, torch.float32), BF16, shape)
+    shape = {"T": BATCH * 197, "D": 768}
+    yield Case("layer_norm D=768", norm_case(768), BF16, shape)
+    yield Case("layer_norm D=768 fp32 stream", norm_case(768, torch.float32), BF16, shape)
     yield Case("activation F=3072", activation_case(3072), BF16, {"T": BATCH * 197, "F": 3072})
-    for E in (64, 72):
-        for options in ("", "bias", "rope", "norm", "all", "packed") if E == 64 else ("", "packed"):
-            yield Case(f"attention E={E} L=197 {options}".strip(), attention_case(197, E, options), BF16, heads(197, E))
+    for E, L, options in (
+        *((64, 632, options) for options in ("", "packed", "bias", "all")),
+        *((64, 197, options) for options in ("", "rope", "norm")),
+        *((72, L, "") for L in (632, 197)),
+    ):
+        yield Case(f"attention E={E} L={L} {options}".strip(), attention_case(L, E, options), BF16, heads(L, E))
     shape = {"B": BATCH, "N": 256, "K": 768, "D": 768}
     yield Case("patch_embed P=16 D=768 uint8", patch_case(16, 768, torch.uint8, False), BF16, shape)
     yield Case("mlp D=768", mlp_case(768, 3072, BATCH * 197, ("gelu",)), BF16, {"T": BATCH * 197, "D": 768, "F": 3072})
