@@ -136,7 +136,8 @@ class Models:
     def timm(self) -> nn.Module:
         import timm
 
-        model = timm.create_model(self.name, **self.overrides)
+        # DINOv3's and SigLIP's names have no head in timm; ours has one
+        model = timm.create_model(self.name, num_classes=self.ours.config.num_classes, **self.overrides)
         model.load_state_dict(self.weights)
         return self.place(model)
 

@@ -32,7 +32,12 @@ SHAPES: dict[str, list[dict[str, int | str]]] = {
     "overview cpu": [{"model": "vit_tiny_patch16_224", "B": 2}],
     "overview cuda": [{"model": "vit_base_patch16_224", "B": 64}],
     "cpu": [{}],
-    "cuda": [{"model": "vit_base_patch16_224", "B": 256}, {"B": 256}],
+    "cuda": [
+        {"model": "vit_base_patch16_224", "B": 256},
+        {"model": "vit_base_patch16_dinov3", "B": 128},  # rotation, LayerScale, 201 tokens
+        {"model": "vit_so400m_patch14_siglip_224", "B": 64},  # heads of 72
+        {"B": 256},
+    ],
     "growth": distinct(
         along("B", (1, 4, 16), {"model": "vit_tiny_patch16_224"}),
         along("L", (197, 577, 1025), {"model": "vit_tiny_patch16_224", "B": 1}),

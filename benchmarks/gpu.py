@@ -1,20 +1,26 @@
 """`make gpu OUT=dir`: build, parity, benchmarks and their report on the GPU at hand, in under ten minutes.
 
-Needs a clone, plain `python3` with PyTorch and Triton, and for _C_cuda a CUDA toolkit; pytest, rich and matplotlib are used
-where they are. Each part runs in a process of its own with a limit, and what it has measured by then is kept. `--dry` walks
-the same way on the CPU at tiny sizes, Triton in its interpreter.
+Needs a clone, plain `python3` with PyTorch and Triton, and for _C_cuda a CUDA toolkit; pytest, pytest-xdist, rich and
+matplotlib are used where they are. Each part runs in processes of its own with a limit, and what it has measured by then is
+kept. Parity spends its time compiling some hundreds of Triton kernels, so it is split over the CPUs; Triton's cache keeps
+them for the benchmarks, which have the GPU to themselves. `--dry` walks the same way on the CPU at tiny sizes, Triton in
+its interpreter.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
+import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,18 +31,25 @@ from .suites import SUITES
 ROOT = Path(__file__).resolve().parents[1]
 TOTAL_SECONDS = 560.0
 BUILD_SECONDS = 200.0
-PARITY_SECONDS = 130.0
-TEST_SECONDS = 110.0
-TEST_FILES = ("test_attention", "test_layer_norm", "test_patch_embed", "test_units", "test_kernels_triton")
-DRY_TESTS = "test_every_remainder and (1-triton or 1-torch)"
+PARITY_SECONDS = 120.0  # of the sweep and of the tests, which run side by side
+MOST_PROCESSES = 12  # of the sweep: each has a CUDA context of about 0.5 GiB
+RAW_TESTS = ("test_kernels_triton",)  # need no extension, so they run while it is built
+OP_TESTS = ("test_attention", "test_layer_norm", "test_patch_embed", "test_units")
+DRY_TESTS = {
+    "test_kernels_triton": "test_many_partial_sums",
+    "test_attention": "test_every_remainder and (1-triton or 1-torch)",
+}
+NOT_HERE = "not compile and not gradcheck and not opcheck"  # these say nothing about the device, and take minutes
+# compiling timm's models takes a minute each, so only what the project is held against runs
+MODELS = ("vitfast", "vitfast fused", "timm", "timm torch.compile")
 # share of the time that is left for benchmarks, and how each suite is run; in order of what matters most
 PARTS: tuple[tuple[str, str, float, tuple[str, ...]], ...] = (
     ("attention", "standard", 1.2, ("--providers", "!*torch.compile*")),
-    ("layer_norm", "standard", 0.7, ()),
-    ("patch_embed", "standard", 0.8, ()),
-    ("mlp", "standard", 0.8, ()),
-    ("model", "standard", 2.0, ()),
-    ("train", "standard", 2.2, ()),
+    ("layer_norm", "standard", 0.5, ("--providers", "!*max-autotune*")),
+    ("patch_embed", "standard", 0.6, ("--providers", "!*max-autotune*")),
+    ("mlp", "standard", 0.6, ("--providers", "!*max-autotune*")),
+    ("model", "standard", 1.8, ("--providers", *MODELS)),
+    ("train", "standard", 3.4, ("--providers", *MODELS)),
     ("memory", "standard", 0.6, ("--dtype", "bfloat16", "--providers", "!*torch.compile*")),
     ("overhead", "standard", 0.2, ()),
     ("attention", "growth", 0.7, ("--direction", "forward", "--providers", "vitfast*", "sdpa*", "flash*")),
@@ -63,26 +76,34 @@ class Run:
         self.failed |= wrong
         print(f"[{time.monotonic() - self.start:4.0f} s] {text}", flush=True)
 
-    def process(self, command: Sequence[str], limit: float) -> tuple[int, str]:
-        """(exit code, output); 124 after ``limit`` seconds, when the process is ended. The output goes to the log too."""
+    def process(self, command: Sequence[str], limit: float, more: dict[str, str] | None = None) -> tuple[int, str]:
+        """(exit code, output); 124 after ``limit`` seconds, when the process and all that it started are ended.
+
+        ``more``: environment variables. The output goes to the log too.
+        """
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         if self.dry:
             environment |= {"TRITON_INTERPRET": "1", "VITFAST_BUILD_CUDA": "0"}  # Triton's switch and the build's own
-        try:
-            done = subprocess.run(
+        with tempfile.TemporaryFile("w+", errors="replace") as said:
+            process = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env=environment,
-                stdout=subprocess.PIPE,
+                env=environment | (more or {}),
+                stdout=said,
                 stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                timeout=max(limit, 1.0),
+                start_new_session=True,
             )
-            code, output = done.returncode, done.stdout
-        except subprocess.TimeoutExpired as late:
-            said = late.stdout or b""
-            code, output = 124, said.decode(errors="replace") if isinstance(said, bytes) else said
+            try:
+                code = process.wait(max(limit, 1.0))
+            except subprocess.TimeoutExpired:
+                with contextlib.suppress(
+                    ProcessLookupError
+                ):  # its workers too: they would run on beside the benchmarks
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                code = 124
+            said.seek(0)
+            output = said.read()
         with self.log.open("a") as file:
             file.write(f"\n$ {' '.join(command)}\n{output}\n(exit code {code})\n")
         return code, output
@@ -106,39 +127,57 @@ def build(run: Run) -> None:
 
 
 def parity(run: Run) -> None:
-    """The sweep; a backend that breaks the device is left out of the next try, and is a failure."""
+    """The sweep, a share of it in each process, and the ops' tests beside it."""
+    shares = 2 if run.dry else min(MOST_PROCESSES, os.cpu_count() or 1)
+    with ThreadPoolExecutor(shares + 1) as pool:
+        others = pool.submit(tests, run, OP_TESTS[:1] if run.dry else OP_TESTS)
+        counts = list(pool.map(lambda i: sweep(run, f"{i}/{shares}"), range(shares)))
+        others.result()
+    passed, failed = (sum(column) for column in zip(*counts, strict=True))
+    run.say(f"parity: {passed} passed, {failed} failed in {shares} processes", wrong=failed > 0 or not passed)
+
+
+def sweep(run: Run, share: str) -> tuple[int, int]:
+    """(passed, failed) of one share; a backend that breaks the device is left out of the next try, and is a failure."""
     skip: list[str] = []
+    passed = failed = 0
     for _ in range(_RESTARTS + 1):
-        command = [sys.executable, "-m", "vitfast.benchmarks.parity"]
+        command = [sys.executable, "-m", "vitfast.benchmarks.parity", "--share", share]
         command += ["--dry", "--device", "cpu", "--dtype", "float32"] if run.dry else []
         command += ["--skip", *skip] if skip else []
-        code, output = run.process(command, PARITY_SECONDS)
-        for line in output.splitlines():
-            if line.startswith(("FAILED", "DEVICE LOST")):
-                run.lines.append(line)
-        run.say(f"parity: {'no end in time' if code == 124 else last_line(output)}", wrong=code != 0)
-        lost = [line for line in output.splitlines() if line.startswith("DEVICE LOST ")]
-        if code != 3 or not lost:
-            return
+        code, output = run.process(command, PARITY_SECONDS, {"OMP_NUM_THREADS": "1"})
+        lines = output.splitlines()
+        run.lines += [line for line in lines if line.startswith(("FAILED", "DEVICE LOST"))]
+        counted = re.search(r"(\d+) passed, (\d+) failed", last_line(output))
+        if counted is None:  # it was stopped, or never began
+            run.say(f"parity {share}: {'no end in time' if code == 124 else last_line(output)}", wrong=True)
+            return passed, failed + 1
+        passed, failed = int(counted[1]), int(counted[2])
+        lost = [line for line in lines if line.startswith("DEVICE LOST ")]
+        if not lost:
+            return passed, failed + len(skip)
         skip.append(lost[-1].removeprefix("DEVICE LOST ").split(":")[0])
+    return passed, failed + len(skip)
 
 
-def tests(run: Run) -> None:
-    """The test suite's own parity tests, each file in its process, side by side; only where pytest is installed."""
+def tests(run: Run, names: Sequence[str]) -> None:
+    """Files of the test suite, side by side, each in its process or, with pytest-xdist, its four; only where pytest is
+    installed."""
     if importlib.util.find_spec("pytest") is None:
-        run.say("tests: pytest is not installed here; the sweep above stands for them")
+        run.say(f"tests: pytest is not installed here: no {', '.join(names)}")
         return
-    files = TEST_FILES[:1] if run.dry else TEST_FILES
-    options = ["-k", DRY_TESTS] if run.dry else ["--slow"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
-    from concurrent.futures import ThreadPoolExecutor
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    if not run.dry and importlib.util.find_spec("xdist") is not None:
+        command += ["-n", "4"]
 
-    with ThreadPoolExecutor(len(files)) as pool:
-        done = list(pool.map(lambda name: run.process([*command, f"tests/{name}.py"], TEST_SECONDS), files))
-    for name, (code, output) in zip(files, done, strict=True):
-        for line in output.splitlines():
-            if line.startswith(("FAILED", "ERROR")):
-                run.lines.append(line[:300])
+    def one(name: str) -> tuple[int, str]:
+        chosen = DRY_TESTS[name] if run.dry else NOT_HERE
+        return run.process([*command, "-k", chosen, f"tests/{name}.py"], PARITY_SECONDS, {"OMP_NUM_THREADS": "1"})
+
+    with ThreadPoolExecutor(len(names)) as pool:
+        done = list(pool.map(one, names))
+    for name, (code, output) in zip(names, done, strict=True):
+        run.lines += [line[:300] for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
         run.say(f"tests: {name}: {'no end in time' if code == 124 else last_line(output)}", wrong=code != 0)
 
 
@@ -253,9 +292,11 @@ def main(argv: list[str] | None = None) -> int:
     log = args.out / "log.txt"
     log.write_text("")
     run = Run(args.dry, log)
-    build(run)
+    with ThreadPoolExecutor(1) as pool:
+        raw = pool.submit(tests, run, RAW_TESTS)
+        build(run)
+        raw.result()
     parity(run)
-    tests(run)
     with tempfile.TemporaryDirectory() as folder:
         results = benchmarks(run, Path(folder))
     write(run, results, args.out)

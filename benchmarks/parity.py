@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from vitfast.ops.dispatch import TABLE
 from . import bench_attention, bench_layer_norm, bench_mlp, bench_patch_embed
 from .gate import Gate, Inputs
 from .harness import TORCH_DTYPE, Case, DeviceLost, Provider, raise_if_lost, shape_text
+from .parity_cases import more_cases
 from .schema import write_text
 
 # 16 + r for every remainder r, and ViT lengths with their neighbours
@@ -93,6 +95,7 @@ def cases(device: str, dtypes: tuple[str, ...], dry: bool) -> Iterator[tuple[str
                 f"attention, large negative logits, L={length} {dtype}",
                 dataclasses.replace(case, inputs=_negative_logits(case)),
             )
+    yield from more_cases(dtypes, device, dry)
 
 
 def _negative_logits(case: Case) -> Callable[[], Inputs]:
@@ -109,12 +112,16 @@ def _negative_logits(case: Case) -> Callable[[], Inputs]:
     return inputs
 
 
-def sweep(device: str, dtypes: tuple[str, ...], dry: bool, skip: frozenset[str]) -> Iterator[tuple[str, str]]:
-    """(name of the check, "" or what is wrong) for every case and backend. ``skip``: "op backend" pairs.
+def sweep(
+    device: str, dtypes: tuple[str, ...], dry: bool, skip: frozenset[str], share: tuple[int, int] = (0, 1)
+) -> Iterator[tuple[str, str]]:
+    """(name of the check, "" or what is wrong) for every case and backend.
 
-    Raises DeviceLost, its message starting with the pair that broke the device.
+    ``skip``: "op backend" pairs; ``share`` (i, n): only every n-th case, from the i-th on. Raises DeviceLost, its message
+    starting with the pair that broke the device.
     """
-    for name, case in cases(device, dtypes, dry):
+    first, step = share
+    for name, case in itertools.islice(cases(device, dtypes, dry), first, None, step):
         inputs = case.inputs()
         gate = None
         for provider in case.providers():
@@ -141,11 +148,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16", "float16"], choices=list(TORCH_DTYPE)[:3])
     parser.add_argument("--dry", action="store_true", help="one tiny shape of each op")
     parser.add_argument("--skip", nargs="+", default=[], metavar="OP BACKEND", help="'attention triton', ...")
+    parser.add_argument("--share", default="0/1", metavar="I/N", help="every N-th case, from the I-th on")
     parser.add_argument("--out", type=Path, help="write the lines there too")
     args = parser.parse_args(argv)
     passed, lines, code = 0, [], 0
     try:
-        for name, wrong in sweep(args.device, tuple(args.dtype), args.dry, frozenset(args.skip)):
+        first, step = (int(number) for number in args.share.split("/"))
+        for name, wrong in sweep(args.device, tuple(args.dtype), args.dry, frozenset(args.skip), (first, step)):
             passed += not wrong
             if wrong:
                 lines.append(f"FAILED {name}: {wrong}")

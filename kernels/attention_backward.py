@@ -412,12 +412,15 @@ def attention_backward(
         _one_pass_kernel[(programs,)](
             d_out, qkv, out, bias, hidden, cu_seqlens, *heads, lse, delta, d_qkv, q_partials, k_partials, scale, seqlen,
             T, steps, *shape, config.step, *config.chunks, precision, num_warps=config.warps, num_stages=config.stages,
+            enable_fp_fusion=True,
             maxnreg=config.registers,
         )  # fmt: skip
     else:
         delta = torch.empty_like(lse)
         rows = delta_rows(E)
-        _delta_kernel[(triton.cdiv(T, rows), H)](out, d_out, delta, T, H, options.pieces(E)[1], rows)
+        _delta_kernel[(triton.cdiv(T, rows), H)](
+            out, d_out, delta, T, H, options.pieces(E)[1], rows, enable_fp_fusion=True
+        )
         programs = triton.cdiv(max_seqlen, config.own) * H * sequences
         q_partials, k_partials = gradient_partials(d_q_norm, programs), gradient_partials(d_k_norm, programs)
         # A program's own keys and its steps of queries for dK and dV, its own queries and steps of keys for dQ.
@@ -427,6 +430,7 @@ def attention_backward(
                 T, triton.cdiv(max_seqlen, config.own), *shape,
                 config.own, config.step, tail_size(config.step, seqlen, qkv.dtype), precision,
                 num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
+                enable_fp_fusion=True,
             )  # fmt: skip
     sum_gradients(q_partials, d_q_norm)
     sum_gradients(k_partials, d_k_norm)

@@ -108,6 +108,7 @@ def attention_bias_gradient(
         d_out, qkv, bias, padding, cu_seqlens, *options.arguments(seqlen), lse, delta, partials, scale, seqlen, T,
         sequences, blocks, bias_sequences, bias_heads, *bias_strides(bias), H, *options.constants(E), config.tile, precision,
         num_warps=config.warps, num_stages=1, maxnreg=config.registers,
+        enable_fp_fusion=True,
     )  # fmt: skip
     if parts > 1:
         sum_partials(partials, d_bias)

@@ -271,11 +271,18 @@ def attention_forward(
     )  # fmt: skip
     if config.chunks:
         _one_pass_kernel[grid](
-            *arguments, config.queries, *config.chunks, precision, num_warps=config.warps, maxnreg=config.registers
+            *arguments,
+            config.queries,
+            *config.chunks,
+            precision,
+            num_warps=config.warps,
+            maxnreg=config.registers,
+            enable_fp_fusion=True,
         )
     else:
         tail = tail_size(config.keys, seqlen, qkv.dtype)
         _looped_kernel[grid](
             *arguments, config.queries, config.keys, tail, precision, num_warps=config.warps, num_stages=config.stages,
+            enable_fp_fusion=True,
             maxnreg=config.registers,
         )  # fmt: skip

@@ -124,12 +124,17 @@ ALL_REGISTERS = 255
 # normalised or rotated on their way in.
 
 
-def attention_why_not(head_dim: int, dtype: torch.dtype) -> str | None:
-    """Why the attention kernels should not run, or None."""
+def attention_why_not(head_dim: int, dtype: torch.dtype, bias: bool = False, prepared: bool = False) -> str | None:
+    """Why the attention kernels should not run, or None. bias: with one added to the logits."""
     limit = 96 if dtype == torch.float32 else 256
-    if head_dim <= limit:
-        return None
-    return f"head dim {head_dim} with {dtype}: above {limit} a tile's operands spill out of registers"
+    if head_dim > limit:
+        return f"head dim {head_dim} with {dtype}: above {limit} a tile's operands spill out of registers"
+    # Even tiles of 16 rows took all 255 registers, and with Triton 3.9 8 bytes more.
+    if head_dim > 128 and bias and prepared:
+        return (
+            f"head dim {head_dim} with a bias beside norm or rotation: above 128 these spill out of registers together"
+        )
+    return None
 
 
 @functools.cache
@@ -153,15 +158,19 @@ def attention_forward_config(
         limit = 208 if head_dim <= 96 else 128 if head_dim <= 128 else 0
     else:
         limit = 128 if head_dim <= 64 else 0
-    if biased and (arch >= 100 or prepared or head_dim > 80):
-        # logits come out of tensor memory in a layout that takes more registers for the bias; Hopper's 208 leave none over,
-        # and heads of 88 spilled 16 bytes beside one (Triton 3.6)
-        limit = min(limit, 128)
+    if biased:
+        # Each bias element in flight takes its value and a 64-bit address: 128 keys at once spilled 72 to 88 bytes beside an
+        # fp32 bias, so they go in two chunks. Hopper's 208 leave no register over, and spilled 8 bytes with Triton 3.9.
+        # Beside norm and rotation of 64 columns 128 spilled 24, and beside 128 columns 64 spilled 32 (Triton 3.9).
+        limit = min(limit, 0 if head_dim > 96 else 64 if prepared and head_dim > 32 else 128)
+        chunks = (64, 64, 0) if chunks == (128, 0, 0) else chunks
     if sum(chunks) <= limit:
         return AttentionConfig(queries=64, keys=0, chunks=chunks, warps=4)
     if arch >= 90:
         if head_dim <= 96:
-            return AttentionConfig(queries=64, keys=64 if head_dim > 32 else 32, chunks=(), warps=4, stages=2)
+            # 64 keys that are normalised, rotated and biased spilled 16 bytes (Triton 3.6)
+            keys = 32 if head_dim <= 32 or (biased and prepared) else 64
+            return AttentionConfig(queries=64, keys=keys, chunks=(), warps=4, stages=2)
         return AttentionConfig(queries=64, keys=32, chunks=(), warps=8, stages=2)
     if head_dim <= 96:
         return AttentionConfig(queries=64, keys=32, chunks=(), warps=4 if head_dim <= 64 else 8, stages=2)
@@ -206,7 +215,8 @@ def attention_backward_config(
     if prepared:
         # The raw tile, its tables and its norm come on top of both gradients of a tile: 256 keys in one pass spill, and so
         # do four warps. Rotation pads each half of the head (72 to 64 + 64), so heads over 64 take half the rows.
-        if head_dim <= 64 and padded <= 128 and arch >= 90:
+        # With both norms, rotation and packing one pass over 128 or 64 keys of 64 columns spilled 184 or 8 bytes.
+        if arch >= 90 and head_dim <= 32 and padded <= 128:
             return AttentionBackwardConfig(own=0, step=32, chunks=(padded, 0, 0), warps=8, stages=1)
         if head_dim <= 64:
             return looped(64, 32, 8) if arch >= 90 else looped(16, 32, 4)
@@ -223,9 +233,15 @@ def attention_backward_config(
         if head_dim <= 64:
             return looped(64, 32 if biased else 64, 4, stages=2)
         if head_dim <= 128:
-            return looped(64, 32, 8, stages=2)
+            # a step of 32 rows beside an fp32 bias of 128 columns spilled 48 bytes (Triton 3.9)
+            return looped(64, 16 if biased and head_dim > 96 else 32, 8, stages=2)
         # 64 rows of two gradients are 128 fp32 per thread at head dim 256; Blackwell keeps them in tensor memory.
-        return looped(64, 16, 8) if arch >= 100 and head_dim > 192 else looped(32, 32, 8)
+        if head_dim <= 160:
+            return looped(16, 16, 8)  # 128 + 32 columns spilled 592 bytes where 128 + 64 spill none
+        if arch >= 100 and head_dim > 192:
+            return looped(64, 16, 8)
+        # steps of 32 rows beside an fp32 bias of 256 columns spilled 16 to 24 bytes
+        return looped(32, 16 if biased and head_dim > 192 else 32, 8)
     if head_dim <= 64:
         return looped(64, 32, 8)
     # Ampere holds K and V of the whole loop as register operands; in two pieces (64 + 16, 64 + 32) only small tiles
@@ -253,7 +269,8 @@ def bias_gradient_config(
     if prepared:
         return BiasGradientConfig(tile=32 if head_dim <= 64 else 16, warps=8, programs=4, registers=ALL_REGISTERS)
     if head_dim > 128:
-        return BiasGradientConfig(tile=32 if arch >= 90 else 16, warps=8, programs=4, registers=ALL_REGISTERS)
+        # 32 rows of 192 columns spilled 160 bytes beside an fp32 bias (Triton 3.9)
+        return BiasGradientConfig(tile=16, warps=8, programs=4, registers=ALL_REGISTERS)
     # Four operands of a tile take eight warps at 64 rows, and Ampere, which holds them in registers, 32 rows.
     if arch >= 90:
         return BiasGradientConfig(tile=64, warps=8, programs=4)

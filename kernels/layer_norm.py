@@ -268,9 +268,20 @@ def layer_norm_backward(
     _backward_kernel[(programs,)](
         d_normed, d_total, total, mean, rstd, weight, branch, scale, drop_path, d_x, d_branch, partials,
         T, rows_per_image, D, config.rows, config.width, inside, num_warps=config.warps, maxnreg=config.registers,
+        enable_fp_fusion=True,
     )  # fmt: skip
     if d_scale is not None and config.scale_apart:
         _scale_gradient_kernel[(programs,)](
-            d_x, branch, drop_path, partials[2], T, rows_per_image, D, config.rows, config.width, num_warps=config.warps
+            d_x,
+            branch,
+            drop_path,
+            partials[2],
+            T,
+            rows_per_image,
+            D,
+            config.rows,
+            config.width,
+            num_warps=config.warps,
+            enable_fp_fusion=True,
         )
     sum_partials(partials, *sums)

@@ -141,6 +141,7 @@ def patchify(images: torch.Tensor, patch: int, scale: torch.Tensor, shift: torch
     _patchify_kernel[grid](
         images, scale, shift, patches, rows, GY, GX, *images.stride(), K, patch, config.rows, config.columns,
         num_warps=config.warps,
+        enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -158,6 +159,7 @@ def unpatchify(d_patches: torch.Tensor, patch: int, scale: torch.Tensor, d_image
     _unpatchify_kernel[grid](
         d_patches, scale, d_images, rows, GY, GX, *d_images.stride()[:3], K, patch, config.rows, config.columns,
         num_warps=config.warps,
+        enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -179,4 +181,5 @@ def assemble_tokens(
     _assemble_kernel[grid](
         projected, bias, pos_embed, prefix, tokens, B * L, L - R, D, R,
         pos_embed is not None and pos_embed.shape[0] == L, config.rows, config.columns, num_warps=config.warps,
+        enable_fp_fusion=True,
     )  # fmt: skip

@@ -42,7 +42,9 @@ def sum_partials(partials: torch.Tensor, *outs: torch.Tensor) -> None:
     K, G, D = partials.shape
     padded = (*outs, None, None)
     grid = (triton.cdiv(D, COLUMNS), K)
-    _sum_partials_kernel[grid](partials, padded[0], padded[1], padded[2], G, D, ROWS, COLUMNS, num_warps=4)
+    _sum_partials_kernel[grid](
+        partials, padded[0], padded[1], padded[2], G, D, ROWS, COLUMNS, num_warps=4, enable_fp_fusion=True
+    )
 
 
 def sum_many_partials(partials: torch.Tensor, out: torch.Tensor) -> None:

@@ -430,3 +430,10 @@ def test_a_head_dim_that_a_backend_refuses() -> None:
     skip_unless_available("attention", "triton")
     with pytest.raises(RuntimeError, match=r"triton: head dim 300 with torch\.float32: above"):
         ops.attention(qkv, backend="triton")
+    both = {"bias": torch.zeros(3, 3), "q_norm": HeadNorm(torch.ones(160))}
+    qkv = torch.randn(1, 3, 3, 1, 160, dtype=torch.float16)
+    for option in both:  # one of the two is taken
+        ops.attention(qkv, **{option: both[option]}, backend="triton")
+    with pytest.raises(RuntimeError, match="triton: head dim 160 with a bias beside norm or rotation: above 128"):
+        ops.attention(qkv, **both, backend="triton")
+    assert torch.isfinite(ops.attention(qkv, **both)).all()

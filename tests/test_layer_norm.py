@@ -160,19 +160,20 @@ def test_auto_falls_back_on_dtype(device_dtype: torch.dtype) -> None:
     torch.testing.assert_close(ops.layer_norm(x, x[0], x[1]), layer_norm_ref(x, x[0], x[1]))
 
 
-def test_cuda_takes_no_row_over_its_width(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if the CUDA kernels ran here: "auto" moves on, the name raises with the reason."""
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_gpu_kernels_take_no_row_over_their_width(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the kernels ran here: "auto" moves on, the name raises with the reason."""
     from vitfast.ops import dispatch
 
-    able = dispatch.Backend("cuda", lambda: "cuda kernels", lambda *_: None)
+    able = dispatch.Backend(name, lambda: "kernels", lambda *_: None)
     fallback = dispatch.Backend("torch", lambda: "plain", lambda *_: None)
     monkeypatch.setitem(dispatch.TABLE, "layer_norm", (able, fallback))
-    for width, expected in ((8192, "cuda kernels"), (8200, "plain")):
+    for width, expected in ((8192, "kernels"), (8200, "plain")):
         x = torch.empty(1, width)
         assert dispatch.choose("layer_norm", x, "auto", why_not=dispatch.too_wide(x)) == expected
     weight = torch.ones(8200)
     for op in (ops.layer_norm, ops.norm_linear):
         monkeypatch.setitem(dispatch.TABLE, op.__name__, (able, fallback))
         more = (torch.ones(8, 8200), None) if op is ops.norm_linear else ()
-        with pytest.raises(RuntimeError, match="cuda: rows of 8200: its LayerNorm kernels"):
-            op(torch.empty(1, 8200), weight, weight, *more, backend="cuda")
+        with pytest.raises(RuntimeError, match=f"{name}: rows of 8200: its LayerNorm kernels"):
+            op(torch.empty(1, 8200), weight, weight, *more, backend=name)

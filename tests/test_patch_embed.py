@@ -144,3 +144,28 @@ def test_bad_arguments(change: dict[str, object], message: str) -> None:
     tensors = case_of().inputs(torch.float32, "cpu")
     with pytest.raises(ValueError, match=message):
         ops.patch_embed(**(tensors | {"mean": MEAN, "std": STD} | change))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 16, "stride": 12},
+        {"kernel_size": 7, "stride": 4, "padding": 3},
+        {"kernel_size": 4, "stride": 4, "dilation": 2},
+        {"kernel_size": 4, "stride": 4, "groups": 3},
+        {"kernel_size": (4, 8), "stride": (4, 8)},
+    ],
+    ids=str,
+)
+def test_convolutions_that_are_no_patches_side_by_side(options: dict[str, object]) -> None:
+    """Overlapping, padded, dilated, grouped or oblong: PyTorch's convolution runs, and the report says why."""
+    from vitfast.dropin import fast
+
+    conv = torch.nn.Conv2d(3, 24, **options)
+    assert "no square patches side by side" in str(fast.why_not_patches(conv))
+    assert str(conv.stride) in str(fast.why_not_patches(conv))
+    images = torch.randn(2, 3, 32, 32)
+    expected = conv(images)
+    conv.__class__ = type("Conv2d", (fast.Conv2d,), {})
+    assert torch.equal(conv(images), expected)
+    assert fast.why_not_patches(torch.nn.Conv2d(5, 24, kernel_size=4, stride=4)) is None  # any number of channels

@@ -22,7 +22,8 @@ class Launcher {
     explicit Launcher(const Tensor& tensor) : guard_(tensor.get_device_index()) {
         const int device = tensor.get_device_index();
         void* stream = nullptr;
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+        // asked without the headers' own macro for it, whose name differs between PyTorch 2.11 and 2.14
+        if (aoti_torch_get_current_cuda_stream(device, &stream) != 0) fail("no current CUDA stream on cuda:", device);
         stream_ = static_cast<cudaStream_t>(stream);
         check_cuda(cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, device),
                    "cudaDeviceGetAttribute(multiprocessor count)");

@@ -44,12 +44,13 @@ def attention_ref(
     return (logits.softmax(-1) @ v).transpose(1, 2)
 
 
-def _choose(qkv: Tensor, backend: str) -> Any:
+def _choose(qkv: Tensor, bias: Tensor | None, heads: Heads, backend: str) -> Any:
     def why_not(name: str) -> str | None:
         if name == "cpu" and qkv.shape[-1] > 256:
             return f"head dim {qkv.shape[-1]}: above 256"
         if name == "triton":
-            return import_module("vitfast.kernels.configs").attention_why_not(qkv.shape[-1], qkv.dtype)
+            limits = import_module("vitfast.kernels.configs").attention_why_not
+            return limits(qkv.shape[-1], qkv.dtype, bias is not None, heads.active)
         return None
 
     return choose("attention", qkv, backend, why_not=why_not)
@@ -68,15 +69,16 @@ def _forward(
     key_padding_mask: Tensor | None,
     *heads_and_backend: Any,
 ) -> tuple[Tensor, Tensor]:
-    *heads, backend = heads_and_backend
-    return _choose(qkv, backend).attention_forward(
+    *fields, backend = heads_and_backend
+    heads = Heads(*fields)
+    return _choose(qkv, bias, heads, backend).attention_forward(
         qkv.contiguous(),
         scale,
         _contiguous(bias),
         cu_seqlens,
         max_seqlen,
         _contiguous(key_padding_mask),
-        Heads(*heads),
+        heads,
     )
 
 
@@ -100,7 +102,7 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     *fields, wanted, backend = rest
     heads = Heads(*fields)
-    d_qkv, d_bias, d_norms = _choose(qkv, backend).attention_backward(
+    d_qkv, d_bias, d_norms = _choose(qkv, bias, heads, backend).attention_backward(
         d_out.contiguous(),
         qkv.contiguous(),
         out,

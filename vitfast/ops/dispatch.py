@@ -20,7 +20,7 @@ from .library import COMPOSITE, extension_status
 # Triton with every product on one path, whatever the table of configurations says: for benchmarks and tests.
 FORCED = ("triton_library", "triton_fused")
 NAMES = ("auto", "cpu", "triton", "cuda", "torch", COMPOSITE, *FORCED)
-CUDA_WIDEST = 8192  # kMaxWidth in csrc/cuda/team_index.h
+WIDEST = 8192  # of a row that LayerNorm's GPU kernels keep on chip: kMaxWidth in csrc/cuda/team_index.h
 TABLE: dict[str, Sequence[Backend]] = {}  # op -> its backends, filled by each op's module
 
 
@@ -81,8 +81,8 @@ def too_wide(x: torch.Tensor) -> Callable[[str], str | None]:
     """``why_not`` for ``choose`` in ops that normalise or add whole rows of x [..., D]."""
 
     def why_not(name: str) -> str | None:
-        if name == "cuda" and x.shape[-1] > CUDA_WIDEST:
-            return f"rows of {x.shape[-1]}: its LayerNorm kernels keep a row on chip, at most {CUDA_WIDEST} wide"
+        if name in ("cuda", "triton", *FORCED) and x.shape[-1] > WIDEST:
+            return f"rows of {x.shape[-1]}: its LayerNorm kernels keep a row on chip, at most {WIDEST} wide"
         return None
 
     return why_not
