@@ -3,9 +3,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <atomic>
-
 #include "forward.h"
+#include "shares.h"
 
 #define VITFAST_WITH_AMX
 #define VITFAST_KERNEL "attention_forward_kernel.h"
@@ -117,11 +116,12 @@ void run_forward(const AttentionForward<Y>& args, const AttentionShape& shape) {
     // Few heads: the queries of each are split as well, at the price of packing K and V once per part.
     const int64_t items = shape.items.size();
     const int64_t parts = items >= 4 * threads || items == 0 ? 1 : (4 * threads + items - 1) / items;
-    std::atomic<int64_t> next{0};
-    torch::stable::parallel_for(0, std::min(threads, items * parts), 1, [&](int64_t, int64_t) {
+    const int64_t workers = std::min(threads, items * parts);
+    Shares shares(items * parts, workers);
+    torch::stable::parallel_for(0, workers, 1, [&](int64_t thread, int64_t) {
         Scratch scratch(words);
         int64_t packed = -1;
-        for (int64_t i = next++; i < items * parts; i = next++) {
+        for (int64_t i; shares.take(thread, &i);) {
             const HeadOfSequence& item = shape.items[i / parts];
             const int64_t blocks = (item.length + block - 1) / block, part = i % parts;
             const int64_t begin = blocks * part / parts * block;

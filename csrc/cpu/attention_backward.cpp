@@ -1,9 +1,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <atomic>
-
 #include "attention.h"
+#include "shares.h"
 
 #define VITFAST_WITH_AMX
 #define VITFAST_KERNEL "attention_backward_kernel.h"
@@ -69,11 +68,12 @@ void run_backward(const AttentionBackward<Y>& args, const AttentionShape& shape,
     const int64_t columns = (shape.longest + 15) / 16 * 16, width = (shape.head_dim + 15) / 16 * 16;
     const int64_t words =
         5 * columns * width + 5 * block * width + 5 * block * columns + (shape.longest + block) * shape.head_dim;
-    std::atomic<int64_t> next{0};
     const int64_t count = units.size();
-    torch::stable::parallel_for(0, std::min(threads, count), 1, [&](int64_t, int64_t) {
+    const int64_t workers = std::min(threads, count);
+    Shares shares(count, workers);
+    torch::stable::parallel_for(0, workers, 1, [&](int64_t thread, int64_t) {
         Scratch scratch(words);
-        for (int64_t i = next++; i < count; i = next++) {
+        for (int64_t i; shares.take(thread, &i);) {
             float* slice = nullptr;
             if (d_bias) {
                 float* const sums = i % parts == 0 ? d_bias : partial.data() + (i % parts - 1) * elements;

@@ -1,7 +1,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <atomic>
 #include <vector>
 
 #include "check.h"
@@ -10,6 +9,7 @@
 #include "isa.h"
 #include "linear.h"
 #include "scratch.h"
+#include "shares.h"
 
 // Linear layers in 8-bit integers: weights scaled per output, rows of x scaled one by one when they arrive. Shapes:
 // T rows, I inputs (contracted), W = I / 4 rounded up words of 4 numbers, O outputs.
@@ -87,11 +87,12 @@ void multiply(const Int8Product<Y>& args) {
         blocks = std::max(blocks, std::min(most, (threads * kItems + panels - 1) / panels));
     }
     const int64_t parts = std::min(panels, (threads * kItems + blocks - 1) / blocks), items = blocks * parts;
-    std::atomic<int64_t> next{0};
-    torch::stable::parallel_for(0, std::min(threads, items), 1, [&](int64_t, int64_t) {
+    const int64_t workers = std::min(threads, items);
+    Shares shares(items, workers);
+    torch::stable::parallel_for(0, workers, 1, [&](int64_t thread, int64_t) {
         Scratch scratch(kBlockRows * kPanelColumns);
         int32_t* const sums = scratch.take<int32_t>(kBlockRows * kPanelColumns);
-        for (int64_t i = next++; i < items; i = next++) {
+        for (int64_t i; shares.take(thread, &i);) {
             const int64_t block = i / parts, part = i % parts;
             const int64_t begin = args.rows * block / blocks, end = args.rows * (block + 1) / blocks;
             VITFAST_DISPATCH(multiply_int8(args, begin, end, panels * part / parts, panels * (part + 1) / parts, sums));

@@ -3,12 +3,11 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <atomic>
-
 #include "check.h"
 #include "forward.h"
 #include "isa.h"
 #include "scratch.h"
+#include "shares.h"
 
 // Matrix products of linear layers with what follows them in the same pass. Shapes: T rows, I inputs (contracted),
 // O outputs. The right operand is packed into panels of columns that stay in L2; the left one is read where it lies.
@@ -69,14 +68,14 @@ template <class X, class Y, class Run>
 void for_each_item(const Product<X, Y>& args, Split split, const Run& run) {
     const int64_t panels = panels_of(args.outputs), words = (args.inputs * sizeof(Y) + 3) / 4;
     const int64_t items = split.blocks * split.parts;
-    std::atomic<int64_t> next{0};
     const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), items);
-    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    Shares shares(items, threads);
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
         const int64_t left = (kTileBlockRows + kPanelStep) * words;
         Scratch scratch(kPanelColumns * (words + kTileBlockRows) + left);
         const Workspace workspace{scratch.take<uint32_t>(kPanelColumns * words), scratch.take<uint32_t>(left),
                                   scratch.take<float>(kTileBlockRows * kPanelColumns)};
-        for (int64_t i = next++; i < items; i = next++) {
+        for (int64_t i; shares.take(thread, &i);) {
             const int64_t block = i / split.parts, part = i % split.parts;
             run(args.rows * block / split.blocks, args.rows * (block + 1) / split.blocks, panels * part / split.parts,
                 panels * (part + 1) / split.parts, workspace);
@@ -85,11 +84,14 @@ void for_each_item(const Product<X, Y>& args, Split split, const Run& run) {
 }
 
 // One panel per item, for all rows where that keeps the threads equally busy: what every block of rows costs beside its
-// product is as much as the product of `extra` rows. most_rows: of a block.
+// product is as much as the product of `extra` rows. most_rows: of a block. Blocks are whole shares of the threads
+// where there are rows enough, since rows come from the core that made them.
 Split split_panels(int64_t rows, int64_t panels, int64_t most_rows, double extra) {
-    constexpr int64_t kLeastRows = 24, kMoreBlocks = 8;
+    constexpr int64_t kLeastRows = 24, kMoreBlocks = 8, kEnoughRows = 64;
     const int64_t threads = torch::stable::get_num_threads();
-    const int64_t fewest = std::max<int64_t>(1, (rows + most_rows - 1) / most_rows);
+    int64_t fewest = std::max<int64_t>(1, (rows + most_rows - 1) / most_rows);
+    const int64_t shared = (fewest + threads - 1) / threads * threads;
+    if (rows / shared >= kEnoughRows) fewest = shared;
     Split best{std::min(rows, fewest), panels};
     double best_time = std::numeric_limits<double>::infinity();
     for (int64_t blocks = fewest; blocks < fewest + kMoreBlocks && blocks * kLeastRows <= rows; ++blocks) {
@@ -194,10 +196,8 @@ void linear(Tensor x, Tensor weight, bool transposed, OptionalTensor packed, Opt
         const bool tiles = std::is_same_v<Y, bf16> && cpu_capability() == Capability::kAmx;
         const int64_t most_rows = tiles ? kLeftBytes / (inputs * sizeof(Y) + 1) + 1 : rows + 1;
         const Split split = split_panels(rows, panels_of(outputs), most_rows, packed.has_value() ? 0 : tiles ? 30 : 7);
-        const int64_t threads = torch::stable::get_num_threads();
         for_each_item(args, split, [&](int64_t begin, int64_t end, int64_t panel, int64_t, const Workspace& workspace) {
-            // Which item comes next is not known: if all threads are equally fast, it is this one.
-            const int64_t next = panel + threads;
+            const int64_t next = panel + 1;  // of this thread's share, where it has more
             VITFAST_DISPATCH(pack_and_multiply(args, right, begin, end, panel, next, workspace));
         });
     };
