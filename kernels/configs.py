@@ -218,7 +218,9 @@ def attention_backward_config(
         # do four warps. Rotation pads each half of the head (72 to 64 + 64), so heads over 64 take half the rows.
         # With both norms, rotation and packing one pass over 128 or 64 keys of 64 columns spilled 184 or 8 bytes.
         if arch >= 90 and head_dim <= 32 and padded <= 128:
-            return AttentionBackwardConfig(own=0, step=32, chunks=(padded, 0, 0), warps=8, stages=1)
+            # left to itself, ptxas stopped at 128 registers and spilled 8 bytes on Blackwell (Triton 3.9)
+            keys = (padded, 0, 0)
+            return AttentionBackwardConfig(own=0, step=32, chunks=keys, warps=8, stages=1, registers=ALL_REGISTERS)
         if head_dim <= 64:
             return looped(64, 32, 8) if arch >= 90 else looped(16, 32, 4)
         # 32 rows of 72 or 88 columns spill 8 to 24 bytes on Hopper and Blackwell.
