@@ -130,10 +130,10 @@ def attention_why_not(head_dim: int, dtype: torch.dtype, bias: bool = False, pre
     if head_dim > limit:
         return f"head dim {head_dim} with {dtype}: above {limit} a tile's operands spill out of registers"
     # Even tiles of 16 rows took all 255 registers, and with Triton 3.9 8 bytes more.
-    if head_dim > 128 and bias and prepared:
-        return (
-            f"head dim {head_dim} with a bias beside norm or rotation: above 128 these spill out of registers together"
-        )
+    together = 64 if dtype == torch.float32 else 128
+    if head_dim > together and bias and prepared:
+        what = f"head dim {head_dim} with {dtype} and a bias beside norm or rotation"
+        return f"{what}: above {together} these spill out of registers together"
     return None
 
 
@@ -149,7 +149,8 @@ def attention_forward_config(
     if prepared and head_dim > 64:
         # Keys are normalised and turned in fp32 in the loop, and rotation pads each half of the head: eight warps share it.
         queries = 64 if arch >= 90 and head_dim <= 128 else 32
-        return AttentionConfig(queries=queries, keys=32, chunks=(), warps=8, registers=ALL_REGISTERS)
+        keys = 16 if 128 < head_dim <= 160 else 32  # 128 + 32 columns spilled 8 to 40 bytes with 32 keys (Triton 3.9)
+        return AttentionConfig(queries=queries, keys=keys, chunks=(), warps=8, registers=ALL_REGISTERS)
     chunks = cover(length, 3)
     # One pass: a 64-row tile of 208 logits is 104 fp32 per thread in four warps, and with 96 columns of output and a
     # bias all 255 registers are taken. Wider heads leave room for fewer logits, and so does Ampere, whose products take
@@ -217,7 +218,9 @@ def attention_backward_config(
         # do four warps. Rotation pads each half of the head (72 to 64 + 64), so heads over 64 take half the rows.
         # With both norms, rotation and packing one pass over 128 or 64 keys of 64 columns spilled 184 or 8 bytes.
         if arch >= 90 and head_dim <= 32 and padded <= 128:
-            return AttentionBackwardConfig(own=0, step=32, chunks=(padded, 0, 0), warps=8, stages=1)
+            # left to itself, ptxas stopped at 128 registers and spilled 8 bytes on Blackwell (Triton 3.9)
+            keys = (padded, 0, 0)
+            return AttentionBackwardConfig(own=0, step=32, chunks=keys, warps=8, stages=1, registers=ALL_REGISTERS)
         if head_dim <= 64:
             return looped(64, 32, 8) if arch >= 90 else looped(16, 32, 4)
         # 32 rows of 72 or 88 columns spill 8 to 24 bytes on Hopper and Blackwell.

@@ -434,6 +434,8 @@ def test_a_head_dim_that_a_backend_refuses() -> None:
     qkv = torch.randn(1, 3, 3, 1, 160, dtype=torch.float16)
     for option in both:  # one of the two is taken
         ops.attention(qkv, **{option: both[option]}, backend="triton")
-    with pytest.raises(RuntimeError, match="triton: head dim 160 with a bias beside norm or rotation: above 128"):
+    with pytest.raises(
+        RuntimeError, match=r"triton: head dim 160 with torch\.float16 and a bias beside norm or rotation: above 128"
+    ):
         ops.attention(qkv, **both, backend="triton")
     assert torch.isfinite(ops.attention(qkv, **both)).all()
