@@ -176,3 +176,25 @@ def test_errors(change: dict, message: str) -> None:
     x, weight, _ = operands(6, 8, 24, torch.float32)
     with pytest.raises(RuntimeError, match=message):
         product(x, **{"weight": weight} | change)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("T", "inputs", "outputs"), SHAPES)
+def test_packed_weight_gives_the_same_bits(T: int, inputs: int, outputs: int, dtype: torch.dtype) -> None:
+    x, weight = torch.randn(T, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype)
+    words = (inputs * weight.element_size() + 3) // 4
+    packed = torch.full((-(-outputs // 16) * 16 * words,), -1, dtype=torch.int32)
+    C.pack_linear_weight(weight, packed)
+    with_panels, without = product(x, weight, packed=packed), product(x, weight)
+    if dtype == torch.float32 and T <= 4:  # so few rows are dot products with the weight as it lies
+        torch.testing.assert_close(with_panels, without, rtol=1e-5, atol=1e-5)
+    else:
+        assert torch.equal(with_panels, without)
+
+
+def test_packed_weight_of_another_size() -> None:
+    x, weight = torch.randn(3, 8), torch.randn(16, 8)
+    with pytest.raises(RuntimeError, match=r"packed has shape \[127\]; needed: \[128\]"):
+        product(x, weight, packed=torch.zeros(127, dtype=torch.int32))
+    with pytest.raises(RuntimeError, match=r"packed has shape \[127\]; needed: \[128\]"):
+        C.pack_linear_weight(weight, torch.zeros(127, dtype=torch.int32))
