@@ -96,10 +96,11 @@ def verify(
     Returns:
         A :class:`Report`: for each dtype the error of every output (a tensor is called "logits"; the tensors of a
         transformers output keep their names) and of all parameters' gradients against the reference in fp64, beside the
-        reference's own error in that dtype. fp32 passes up to 1e-5, others up to 1.2 times the reference's error, and an output
-        of a single number (a loss) also up to one rounding: the ratio of two roundings is chance. Both run in eval mode on copies, from the same random state. A model with precision "int8" has two rows more, of a
-        forward pass without gradients in its own dtype: "logits", which pass up to 0.1, and, if ``images`` are given,
-        "top-1 changed": the share of images that get another class than in fp64, which passes up to 0.01.
+        reference's own error in that dtype. fp32 passes up to 1e-5, others up to 1.2 times the reference's error, and an
+        output of a single number (a loss) also up to one rounding: the ratio of two roundings is chance. Both run in eval
+        mode on copies, from the same random state. A model with precision "int8" has two rows more, of a forward pass
+        without gradients in its own dtype: "logits", which pass up to 0.1, and, if ``images`` are given, "top-1 changed": the
+        share of images that get another class than in fp64, which passes up to 0.01.
 
     Raises:
         ValueError: there is no reference, its parameters have other names, or the size of
