@@ -91,6 +91,14 @@ def test_what_is_not_plain_is_called(change: str, monkeypatch: pytest.MonkeyPatc
     assert seen == [False]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_dtypes_of_plain_pytorch_are_one_by_one(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = calls(monkeypatch)
+    with torch.no_grad():
+        assert small().to(dtype)(images(dtype)).dtype == dtype
+    assert seen == [False]
+
+
 def test_gradients_autocast_and_masks_are_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = small(), images()
     seen = calls(monkeypatch)

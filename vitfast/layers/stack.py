@@ -21,6 +21,7 @@ from vitfast.layers.untouched import untouched, watched
 from vitfast.ops import runs_unwatched, weight_cache
 from vitfast.ops.arguments import POINTWISE, autocast_dtype
 from vitfast.ops.dispatch import choose
+from vitfast.ops.raw_cpu import CpuKernels
 
 
 class BlockStack:
@@ -47,7 +48,7 @@ class BlockStack:
 
 
 class _Plan:
-    def __init__(self, blocks: list[Any], kernels: Any) -> None:
+    def __init__(self, blocks: list[Any], kernels: CpuKernels) -> None:
         self.kernels = kernels
         self.blocks = blocks
         self.modules = [(module, type(module)) for block in blocks for module in block.modules()]
@@ -72,7 +73,7 @@ class _Plan:
             return None
         dtype = next(blocks[0].attn.parameters()).dtype  # type: ignore[union-attr, operator]
         kernels = choose("norm_attention", x_BLD, backend, dtype)
-        return cls(blocks, kernels) if dtype in getattr(kernels, "own_dtypes", ()) else None
+        return cls(blocks, kernels) if isinstance(kernels, CpuKernels) and dtype in kernels.own_dtypes else None
 
     def _parameters(self, block: Any) -> Iterable[Tensor | None]:
         attn, mlp, (scale1, scale2) = block.attn, block.mlp, block.scales()
