@@ -22,6 +22,7 @@ constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_vnni", "
 // AMX's tiles with products of bf16 and of 8-bit integers. Linux gives a process the tile registers (8 KiB more to save
 // for each thread) only when asked.
 bool has_amx() {
+    if (__GNUC__ < 11) return false;                             // which could not compile the kernels
     constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25, kAll = kBf16 | kTile | kInt8;
     unsigned a = 0, b = 0, c = 0, d = 0;

@@ -20,7 +20,8 @@ class CpuKernels(RawKernels):
         super().__init__()
         capability = self.functions.cpu_capability()
         self.own_dtypes = {torch.float32} if capability.startswith("avx512") or capability == "amx" else set()
-        if capability in ("avx512_bf16", "amx"):
+        # Without tiles of our own (an old compiler) oneDNN's are faster.
+        if capability == "amx" or (capability == "avx512_bf16" and not torch.cpu._is_amx_tile_supported()):
             self.own_dtypes.add(torch.bfloat16)
         # Where packing a weight would take longer than memory is worth.
         self.packed_dtypes = {torch.bfloat16} if capability == "amx" else set()
