@@ -188,6 +188,15 @@ VITFAST_INLINE Ahead stream_rows(const void* start, int64_t rows, int64_t width,
     return {static_cast<const char*>(start), rows, width, pitch, rows * ((width + 63) / 64) / times + 1};
 }
 
+// Streams the outputs [rows, width] that a block will write, and its residual if there is one; pitch in elements.
+template <class X>
+VITFAST_INLINE void stream_outputs(Streams* streams, X* out, const X* residual, int64_t start, int64_t rows,
+                                   int64_t width, int64_t pitch, int64_t times) {
+    const int64_t size = sizeof(X);
+    streams->outputs = stream_rows(out + start, rows, width * size, pitch * size, times);
+    if (residual) streams->residual = stream_rows(residual + start, rows, width * size, pitch * size, times);
+}
+
 // sums[rows, kGroupWidth] = (or, prefilled, +=) A[rows, words] * panel[words, columns]: kGroupWords of the panel stay
 // in L1 while the rows pass, their sums in L2 meanwhile. As the last words' turn comes for 32 rows, begin(row, rows,
 // times) may set streams, which are then followed `times` times; when their sums are made, end(row, rows, sums) is

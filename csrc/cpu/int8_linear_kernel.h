@@ -241,10 +241,8 @@ void multiply_int8_by_tiles(const Int8Product<Y>& a, int64_t begin, int64_t end,
     multiply_panel_by_tiles<true>(
         left, panel, end - begin, columns, words, sums, true, &streams,
         [&](int64_t m, int64_t height, int64_t times) {
-            const int64_t start = (begin + m) * a.outputs + first, size = sizeof(Y);
-            streams.outputs = stream_rows(a.out + start, height, count * size, a.outputs * size, times);
-            if (!a.residual) return;
-            streams.residual = stream_rows(a.residual + start, height, count * size, a.outputs * size, times);
+            const int64_t start = (begin + m) * a.outputs + first;
+            stream_outputs(&streams, a.out, a.residual, start, height, count, a.outputs, times);
         },
         [&](int64_t m, int64_t height, const int32_t* made) { finish_int8(a, made, begin + m, height, first, count); });
 }

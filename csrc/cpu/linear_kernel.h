@@ -97,10 +97,8 @@ void multiply_panel_by_tiles(const Product<X, bf16>& a, Operand left, int64_t be
     multiply_panel_by_tiles<false>(
         left, right, rows, columns, words, sums, false, &streams,
         [&](int64_t m, int64_t height, int64_t times) {
-            const int64_t start = (begin + m) * a.outputs + first, size = sizeof(X);
-            streams.outputs = stream_rows(a.out + start, height, count * size, a.outputs * size, times);
-            if (!a.residual) return;
-            streams.residual = stream_rows(a.residual + start, height, count * size, a.outputs * size, times);
+            const int64_t start = (begin + m) * a.outputs + first;
+            stream_outputs(&streams, a.out, a.residual, start, height, count, a.outputs, times);
         },
         [&](int64_t m, int64_t height, const float* made) { finish_rows(a, made, begin + m, height, first, count); });
     if (ahead) *ahead = streams.panel;
