@@ -138,15 +138,15 @@ def _status_kib(name: str) -> int:
 def kept_mib(forward: Call, own: Sequence[torch.Tensor]) -> float:
     """MiB of distinct storages that autograd keeps for backward, those of ``own`` (parameters, inputs) not counted."""
     known = {tensor.untyped_storage().data_ptr() for tensor in own}
-    kept: dict[int, torch.Tensor] = {}
+    kept: dict[int, torch.UntypedStorage] = {}
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
+    def pack(tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = tensor  # held, so that its address is not used again
-        return tensor
+            kept[storage.data_ptr()] = storage  # held, so that its address is not used again
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    # Nothing unpacks. A hook that returned a node's own output would tie the graph to itself, and nothing would be freed.
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
         result = forward()
     del result
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 2**20
+    return sum(storage.nbytes() for storage in kept.values()) / 2**20
