@@ -32,10 +32,12 @@ class RowConfig:
     scale_apart: bool = False
 
     @property
-    def registers(self) -> int:
+    def registers(self) -> int | None:
         """The most per thread with which `programs` are resident at once; left to itself the compiler may stop at 64
-        and spill."""
-        return min(65536 // (32 * self.warps * self.programs) // 8 * 8, 248)
+        and spill, and at 40 in wide rows of a kernel that does not loop. None leaves it to the compiler."""
+        if self.programs == 0 and self.warps < 8:
+            return None
+        return min(65536 // (32 * self.warps * max(self.programs, 1)) // 8 * 8, 255)
 
 
 @functools.cache
@@ -58,9 +60,12 @@ def backward_rows(columns: int) -> RowConfig:
     width = next_power_of_two(columns)
     if width <= 1024:
         return RowConfig(rows=min(1024 // width, 8), width=width, warps=4, programs=5)
+    if width > 4096:
+        # 32 columns per thread take nearly all 255 registers of eight warps, so a third sum would spill. 16 warps have half
+        # the registers for half the columns, and what does not grow with columns made it 8 bytes too few; 32 spilled more.
+        return RowConfig(rows=1, width=width, warps=8, programs=1, scale_apart=True)
     warps = min(width // 256, 16)
-    # 8192 columns are 16 per thread in 16 warps, where only 128 registers are left for each: a third sum would spill.
-    return RowConfig(rows=1, width=width, warps=warps, programs=20 // warps, scale_apart=width > 4096)
+    return RowConfig(rows=1, width=width, warps=warps, programs=20 // warps)
 
 
 @dataclass(frozen=True)
@@ -165,17 +170,21 @@ def attention_forward_config(
         # Beside norm and rotation of 64 columns 128 spilled 24, and beside 128 columns 64 spilled 32 (Triton 3.9).
         limit = min(limit, 0 if head_dim > 96 else 64 if prepared and head_dim > 32 else 128)
         chunks = (64, 64, 0) if chunks == (128, 0, 0) else chunks
+    # Heads of 72 and 88 on Blackwell and prepared ones on Ampere are where ptxas, left alone, spilled 8 bytes.
+    registers = ALL_REGISTERS if (arch >= 100 and head_dim > 64) or (arch < 90 and prepared) else None
     if sum(chunks) <= limit:
-        return AttentionConfig(queries=64, keys=0, chunks=chunks, warps=4)
+        return AttentionConfig(queries=64, keys=0, chunks=chunks, warps=4, registers=registers)
     if arch >= 90:
         if head_dim <= 96:
             # 64 keys that are normalised, rotated and biased spilled 16 bytes (Triton 3.6)
             keys = 32 if head_dim <= 32 or (biased and prepared) else 64
-            return AttentionConfig(queries=64, keys=keys, chunks=(), warps=4, stages=2)
+            return AttentionConfig(queries=64, keys=keys, chunks=(), warps=4, stages=2, registers=registers)
         return AttentionConfig(queries=64, keys=32, chunks=(), warps=8, stages=2)
     if head_dim <= 96:
         return AttentionConfig(queries=64, keys=32, chunks=(), warps=4 if head_dim <= 64 else 8, stages=2)
-    return AttentionConfig(queries=32, keys=32, chunks=(), warps=4, registers=ALL_REGISTERS)
+    # a bias beside 160 or 256 columns spilled 8 to 16 bytes with 32 keys
+    keys = 16 if biased and head_dim > 128 else 32
+    return AttentionConfig(queries=32, keys=keys, chunks=(), warps=4, registers=ALL_REGISTERS)
 
 
 @dataclass(frozen=True)
@@ -198,6 +207,8 @@ def attention_backward_config(
     length: int, head_dim: int, dtype: torch.dtype, precision: str, arch: int, biased: bool, prepared: bool
 ) -> AttentionBackwardConfig:
     free = dtype != torch.float32 and not prepared and head_dim <= 128
+    # Blackwell: pieces (72, 88), biases and heads of 16 are where ptxas spilled 8 to 16 bytes to keep below 80, 128 or 168
+    free = free and not (arch >= 100 and (biased or head_dim > 64 or head_dim <= 16))
 
     def looped(own: int, step: int, warps: int, stages: int = 1) -> AttentionBackwardConfig:
         registers = None if free else ALL_REGISTERS
@@ -231,7 +242,11 @@ def attention_backward_config(
         limit = 64 if head_dim <= 64 else 0
     if padded <= limit:
         step = 16 if padded == 256 else 32
-        return AttentionBackwardConfig(own=0, step=step, chunks=(padded, 0, 0), warps=8 if padded > 64 else 4, stages=1)
+        # beside a bias 64 keys of 64 columns take all registers of four warps on Ampere, and with Triton 3.9 8 bytes more
+        warps = 8 if padded > 64 or (arch < 90 and biased and head_dim > 32) else 4
+        registers = None if free else ALL_REGISTERS
+        keys = (padded, 0, 0)
+        return AttentionBackwardConfig(own=0, step=step, chunks=keys, warps=warps, stages=1, registers=registers)
     if arch >= 90:
         if head_dim <= 64:
             return looped(64, 32 if biased else 64, 4, stages=2)
@@ -251,7 +266,9 @@ def attention_backward_config(
     # leave room.
     if head_dim <= 96:
         return looped(16, 16 if biased else 32, 4)
-    return looped(32, 32, 8)
+    if 128 < head_dim <= 160:
+        return looped(16, 16, 8)  # 128 + 32 columns spilled 100 to 900 bytes
+    return looped(32, 16 if biased and head_dim > 192 else 32, 8)
 
 
 @dataclass(frozen=True)
@@ -274,10 +291,11 @@ def bias_gradient_config(
     if head_dim > 128:
         # 32 rows of 192 columns spilled 160 bytes beside an fp32 bias (Triton 3.9)
         return BiasGradientConfig(tile=16, warps=8, programs=4, registers=ALL_REGISTERS)
-    # Four operands of a tile take eight warps at 64 rows, and Ampere, which holds them in registers, 32 rows.
+    # Four operands of a tile take eight warps at 64 rows, and Ampere, which holds them in registers, 32 rows; so does
+    # Blackwell over 96 columns, where 64 rows spilled 8 to 24 bytes.
     if arch >= 90:
-        return BiasGradientConfig(tile=64, warps=8, programs=4)
-    return BiasGradientConfig(tile=32, warps=4 if head_dim <= 96 else 8, programs=4)
+        return BiasGradientConfig(tile=32 if arch >= 100 and head_dim > 96 else 64, warps=8, programs=4)
+    return BiasGradientConfig(tile=32, warps=4 if head_dim <= 96 else 8, programs=4, registers=ALL_REGISTERS)
 
 
 @dataclass(frozen=True)
@@ -292,6 +310,12 @@ class ProductConfig:
     programs: int = 0
     descriptors: bool = False
     halved: bool = False
+    registers: int | None = None  # the most per thread; None leaves it to ptxas
+
+
+def blackwell_limit(arch: int) -> int | None:
+    """For products in small tiles: there ptxas stops at 64, 72, 96 or 128 registers and spills 8 to 24 bytes."""
+    return ALL_REGISTERS if arch >= 100 else None
 
 
 # 64 pixels in a row of a tile are at least 64 bytes, two sectors; 32 rows give 16 elements per thread.
@@ -313,10 +337,13 @@ def patch_embed_config(columns: int, depth: int, dtype: torch.dtype, arch: int) 
 
 
 @functools.cache
-def patch_weight_config(rows: int, columns: int, dtype: torch.dtype, arch: int) -> ProductConfig:
+def patch_weight_config(rows: int, columns: int, pixels: torch.dtype, dtype: torch.dtype, arch: int) -> ProductConfig:
     if dtype == torch.float32:
-        return ProductConfig(rows=_small(rows, 64), columns=_small(columns, 64), depth=16, warps=4, stages=2)
-    return ProductConfig(rows=_small(rows, 128), columns=_small(columns, 128), depth=64, warps=8, stages=3)
+        limit = blackwell_limit(arch)
+        return ProductConfig(_small(rows, 64), _small(columns, 64), depth=16, warps=4, stages=2, registers=limit)
+    # 128 columns of fp32 pixels spilled 192 bytes on Ampere and 32 on Blackwell
+    side = 64 if pixels == torch.float32 and not 90 <= arch < 100 else 128
+    return ProductConfig(rows=_small(rows, 128), columns=_small(columns, side), depth=64, warps=8, stages=3)
 
 
 ROW_GROUP = 8  # row blocks of a product that share the weights in L2
@@ -333,12 +360,14 @@ def linear_config(
     if dtype == torch.float32:
         # Without tensor cores a product's operands sit in registers too: a second sum leaves room for half a tile.
         side = _small(columns, 32 if epilogue == "swiglu" else 64)
-        return ProductConfig(rows=64, columns=side, depth=_small(depth, 16), warps=4, stages=2, halved=True)
+        limit = blackwell_limit(arch)
+        return ProductConfig(64, side, _small(depth, 16), warps=4, stages=2, halved=True, registers=limit)
     heavy = epilogue in ("swiglu", WIDE_RESIDUAL)
     if rows <= FEW_ROWS:  # half a tile, which doubles the programs
         side = _small(columns, 64 if heavy else 128)
         config = ProductConfig(rows=64, columns=side, depth=_small(depth, 64), warps=4, stages=3, halved=True)
-        return replace(config, programs=2, descriptors=True) if arch >= 90 else config
+        limit = blackwell_limit(arch)
+        return replace(config, programs=2, descriptors=True, registers=limit) if arch >= 90 else config
     if arch < 90:
         # 128 x 128 sums are 64 fp32 per thread in eight warps: room for the epilogue's second operand.
         side = _small(columns, 64 if epilogue == "swiglu" else 128)
@@ -364,7 +393,9 @@ def hidden_backward_config(
     )
     if arch < 90:
         return config
-    return replace(config, columns=_small(columns, 128 if rows > FEW_ROWS else 64), programs=1, descriptors=True)
+    if rows <= FEW_ROWS:
+        return replace(config, programs=1, descriptors=True, registers=blackwell_limit(arch))
+    return replace(config, columns=_small(columns, 128), programs=1, descriptors=True)
 
 
 @dataclass(frozen=True)

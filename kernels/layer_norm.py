@@ -188,7 +188,7 @@ def layer_norm_forward(
     config = row_config(D)
     _forward_kernel[(triton.cdiv(T, config.rows),)](
         x, branch, scale, drop_path, weight, bias, total, normed, mean, rstd, T, _rows_per_image(T, drop_path), eps,
-        D, config.rows, config.width, num_warps=config.warps, enable_fp_fusion=False,
+        D, config.rows, config.width, num_warps=config.warps, maxnreg=config.registers, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -282,6 +282,7 @@ def layer_norm_backward(
             config.rows,
             config.width,
             num_warps=config.warps,
+            maxnreg=config.registers,
             enable_fp_fusion=True,
         )
     sum_partials(partials, *sums)

@@ -304,7 +304,8 @@ def _launch_linear(x, weight, bias, residual, scale, drop_path, kind, h, out, co
         x_tiles, weight_tiles, bias, residual, scale, drop_path, h, out, T, rows_per_image, N, K, kind,
         is_fast(x.dtype), config.rows, config.columns, config.depth, ROW_GROUP, config.programs > 0, described, config.halved,
         device.dot_precision(x.dtype),
-        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=kind is None,
+        num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
+        enable_fp_fusion=kind is None,
     )  # fmt: skip
 
 
@@ -382,7 +383,8 @@ def hidden_backward(
     _hidden_backward_kernel[(_programs(tiles, config, h.device),)](
         d_out_tiles, weight_tiles, h, d_h, act, partials, T, F, N, kind, is_fast(h.dtype),
         config.rows, config.columns, config.depth, ROW_GROUP, config.programs > 0, described, config.halved,
-        device.dot_precision(h.dtype), num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
+        device.dot_precision(h.dtype), num_warps=config.warps, num_stages=config.stages,
+        maxnreg=config.registers, enable_fp_fusion=False,
     )  # fmt: skip
     if partials is not None and d_bias is not None:
         sum_partials(partials, d_bias)

@@ -169,7 +169,7 @@ def patch_embed_forward(
         images, weight, bias, pos_embed, prefix, scale, shift, tokens, B, GY, GX, *images.stride(), K, P, D, R,
         pos_embed is not None and pos_embed.shape[0] == L and R > 0, config.rows, config.columns, config.depth,
         device.dot_precision(weight.dtype), num_warps=config.warps, num_stages=config.stages,
-        enable_fp_fusion=True,
+        maxnreg=config.registers, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -191,7 +191,7 @@ def patch_embed_weight_gradient(
         d_weight.zero_()
         return
     chip = device.device_properties(images.device)
-    config = patch_weight_config(D, K, product_dtype, chip.arch)
+    config = patch_weight_config(D, K, images.dtype, product_dtype, chip.arch)
     tiles = triton.cdiv(D, config.rows) * triton.cdiv(K, config.columns)
     parts = max(1, min(triton.cdiv(patches, config.depth), 2 * chip.multiprocessors // tiles))
     partials = d_weight if parts == 1 else d_weight.new_empty(1, parts, D * K)
@@ -199,7 +199,7 @@ def patch_embed_weight_gradient(
         images, d_tokens, scale, shift, partials, B, GY, GX, *images.stride(), K, P, D, L - GY * GX,
         config.rows, config.columns, config.depth, device.dot_precision(product_dtype), TRITON_TYPE[product_dtype],
         num_warps=config.warps, num_stages=config.stages,
-        enable_fp_fusion=True,
+        maxnreg=config.registers, enable_fp_fusion=True,
     )  # fmt: skip
     if parts > 1:
         sum_partials(partials, d_weight)
@@ -224,5 +224,5 @@ def patch_embed_image_gradient(
         d_tokens, weight, scale, d_images, B, GY, GX, *d_images.stride()[:3], K, P, D, L - GY * GX,
         config.rows, config.columns, config.depth, device.dot_precision(weight.dtype),
         num_warps=config.warps, num_stages=config.stages,
-        enable_fp_fusion=True,
+        maxnreg=config.registers, enable_fp_fusion=True,
     )  # fmt: skip
