@@ -219,7 +219,8 @@ def attention_backward_config(
             # 32 rows of their own spill already at head dim 64
             return looped(16, 16, 4 if arch >= 90 or biased or prepared else 2)
         if head_dim <= 64 and not prepared:
-            return looped(64, 32, 8 if head_dim > 32 else 4)
+            # a bias beside 64 columns spilled 24 bytes on Ampere in steps of 32 rows (Triton 3.9)
+            return looped(64, 16 if arch < 90 and biased and head_dim > 32 else 32, 8 if head_dim > 32 else 4)
         return looped(16, 16, 8)  # with norm, rotation and bias 64 rows of 64 columns spilled 128 bytes
     # One pass keeps dK and dV of all keys in registers: 256 keys of 64 columns are 128 fp32 per thread in eight warps.
     # Chunks of unequal size cost layout conversions, so the keys are padded to one power of two here.

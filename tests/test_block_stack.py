@@ -1,4 +1,5 @@
-"""Plain blocks in one call of C++: the same bits as one by one, and what sends a model back to calling its blocks."""
+"""Plain blocks in one call of C++: the same bits as one by one, the class token alone at the end of them, and what sends a
+model back to calling its blocks."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def _fresh_cache() -> Iterator[None]:
 
 
 def small(**options) -> nn.Module:
-    model = vitfast.create_model("vit_tiny_patch16_224", img_size=64, num_classes=10, depth=3, **options).eval()
+    sizes = {"img_size": 64, "num_classes": 10, "depth": 3}
+    model = vitfast.create_model("vit_tiny_patch16_224", **(sizes | options)).eval()
     for p in model.parameters():  # no zeros, so that every term counts
         nn.init.normal_(p, std=0.05)
     return model
@@ -38,10 +40,10 @@ def images(dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(2, 3, 64, 64).to(dtype)
 
 
-def one_by_one(model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+def one_by_one(call: Callable[[Tensor], Tensor], x: Tensor, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     with monkeypatch.context() as patch, torch.no_grad():
         patch.setattr(BlockStack, "run", lambda *_: None)
-        return model(x)
+        return call(x)
 
 
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
@@ -62,12 +64,36 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 @pytest.mark.parametrize("options", [{}, {"init_values": 0.1, "qkv_bias": False}, {"global_pool": "avg"}])
 def test_same_bits_as_one_by_one(options: dict, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = small(**options).to(dtype), images(dtype)
-    expected = one_by_one(model, x, monkeypatch)
+    expected = one_by_one(model.forward_features, x, monkeypatch)
     seen = calls(monkeypatch)
     with torch.no_grad():
-        assert torch.equal(model(x), expected)
-        assert torch.equal(model(x), expected)  # by the plan of the first call
+        assert torch.equal(model.forward_features(x), expected)
+        assert torch.equal(model.forward_features(x), expected)  # by the plan of the first call
     assert seen == [True, True]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"init_values": 0.1, "qkv_bias": False},
+        {"embed_dim": 72, "num_heads": 3},  # q's rows end inside a panel of the packed weight
+        {"embed_dim": 66, "num_heads": 3, "reg_tokens": 4},
+        {"depth": 1},
+    ],
+)
+def test_the_last_block_makes_the_class_token_alone(
+    options: dict, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = small(**options).to(dtype), images(dtype)
+    exact = copy.deepcopy(model).double()
+    with torch.no_grad():
+        truth, every_token = exact(x.double()), model.forward_head(model.forward_features(x)).double()
+        seen = calls(monkeypatch)
+        alone = model(x).double()
+    assert seen == [True]
+    assert (alone - truth).norm() <= 2 * (every_token - truth).norm() + 1e-7
 
 
 CHANGES: dict[str, Callable[[nn.Module], object]] = {
@@ -129,11 +155,11 @@ WRITES: dict[str, Callable[[nn.Module], object]] = {
 def test_changed_weights_are_seen(write: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = small(init_values=0.1).to(dtype), images(dtype)
     with torch.no_grad():
-        before = model(x)
+        before = model.forward_features(x)
         WRITES[write](model)
         model.to(dtype)
-        after = model(x)
-        assert torch.equal(after, one_by_one(model, x, monkeypatch))
+        after = model.forward_features(x)
+        assert torch.equal(after, one_by_one(model.forward_features, x, monkeypatch))
     assert write == "another dtype and back" or not torch.equal(before, after)
 
 
@@ -157,7 +183,7 @@ def test_packed_weights_follow_the_limit(monkeypatch: pytest.MonkeyPatch) -> Non
     with torch.no_grad():
         expected = model(x)
         weights = [
-            b for block in model.blocks[:-1] for b in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
+            b for block in model.blocks for b in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
         ]
         assert weight_cache.size_bytes() >= sum(layer.weight.nbytes for layer in weights)
         weight_cache.limit_bytes(0)
@@ -171,5 +197,5 @@ def test_wrong_number_of_parameters() -> None:
     x = torch.zeros(3, 8)
     with pytest.raises(RuntimeError, match="parameters has 2 tensors; needed: 18 for each block"):
         torch.ops.vitfast_C.blocks_forward(
-            x, [x, x], 1, 1.0, 1e-6, "gelu", torch.tensor([0, 3], dtype=torch.int32), 3, torch.empty_like(x)
+            x, [x, x], 1, 1.0, 1e-6, "gelu", torch.tensor([0, 3], dtype=torch.int32), 3, False, torch.empty_like(x)
         )

@@ -1,4 +1,4 @@
-// Row-wise steps of attention. Included by attention_*_kernel.h.
+// Row-wise steps of attention. Included by attention_*_kernel.h and first_token_kernel.h.
 
 // row[j] = row[j] * scale + bias[j]
 template <class B>

@@ -1,10 +1,13 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <cstring>
 #include <vector>
 
+#include "first_token.h"
 #include "forward.h"
 #include "isa.h"
+#include "linear.h"
 #include "scratch.h"
 
 // The two halves of a pre-norm block at inference, each in one call: nothing between its input and its output outlives
@@ -112,23 +115,92 @@ struct BlockParameters {
     OptionalTensor maybe(size_t i) const { return at[i].numel() == 0 ? OptionalTensor() : OptionalTensor(at[i]); }
 };
 
-// out[T, D] = the blocks one after the other, each norm_attention_forward and then norm_mlp_forward. Parameters of
-// each: norm1 weight, bias; qkv weight, packed, bias; proj weight, packed, bias, scale; norm2 weight, bias; fc1 weight,
-// packed, bias; fc2 weight, packed, bias, scale.
+// Rows [first, first + count) of a weight and its bias, and the panels that stand for them where those are whole.
+struct Rows {
+    Tensor weight;
+    OptionalTensor packed, bias;
+
+    Rows(const Tensor& all, const OptionalTensor& all_packed, const OptionalTensor& all_bias, int64_t first,
+         int64_t count)
+        : weight(narrow(all, first, count)) {
+        if (all_bias.has_value()) bias = narrow(*all_bias, first, count);
+        const int64_t outputs = all.size(0);
+        if (!all_packed.has_value() || first % kPanelColumns != 0 || outputs % kPanelStep != 0) return;
+        if (first + count < outputs && count % kPanelColumns != 0) return;
+        const int64_t words = all_packed->size(0) / outputs;
+        packed = narrow(*all_packed, first * words, count * words);
+    }
+
+  private:
+    static Tensor narrow(const Tensor& x, int64_t first, int64_t count) {
+        Tensor same = x;
+        return torch::stable::narrow(same, 0, first, count);
+    }
+};
+
+// to[B, D] = the first of every L rows of from[B * L, D].
+void first_rows(const Tensor& from, int64_t length, const Temporary& to) {
+    const int64_t bytes = from.size(1) * (from.scalar_type() == kFloat ? 4 : 2);
+    for (int64_t i = 0; i < (*to).size(0); ++i) {
+        std::memcpy(static_cast<char*>((*to).mutable_data_ptr()) + i * bytes,
+                    static_cast<const char*>(from.const_data_ptr()) + i * length * bytes, bytes);
+    }
+}
+
+// out[B, D]: what a block makes of the first token of each image of L tokens. The others give keys and values alone.
+void first_token_forward(const Tensor& x, const BlockParameters& p, int64_t heads, double scale, double eps,
+                         const std::string& activation, int64_t length, const Tensor& out) {
+    const Tensor& weight = p.get(2);
+    const auto dtype = weight.scalar_type();
+    const int64_t rows = x.size(0), width = x.size(1), images = out.size(0), C = weight.size(0) / 3;
+    const Temporary normed({rows, width}, dtype), first_normed({images, width}, dtype);
+    const Temporary first({images, width}, x.scalar_type()), middle({images, width}, x.scalar_type());
+    const Temporary q({images, C}, dtype), kv({rows, 2 * C}, dtype), attended({images, C}, dtype);
+    norm(x, p.get(0), p.get(1), eps, normed);
+    first_rows(x, length, first);
+    first_rows(*normed, length, first_normed);
+    const Rows of_q(weight, p.maybe(3), p.maybe(4), 0, C), of_kv(weight, p.maybe(3), p.maybe(4), C, 2 * C);
+    linear(*first_normed, of_q.weight, false, of_q.packed, of_q.bias, "none", {}, {}, {}, {}, *q);
+    linear(*normed, of_kv.weight, false, of_kv.packed, of_kv.bias, "none", {}, {}, {}, {}, *kv);
+    const auto attend = [&](auto type) {
+        using Y = decltype(type);
+        first_token_attention(FirstToken<Y>{data<Y>(*q), data<Y>(*kv), mutable_data<Y>(*attended),
+                                            static_cast<float>(scale), images, length, heads, C / heads});
+    };
+    dtype == kFloat ? attend(float{}) : attend(bf16{});
+    linear(*attended, p.get(5), false, p.maybe(6), p.maybe(7), "none", *first, p.maybe(8), {}, {}, *middle);
+    norm_mlp_forward(*middle, p.get(9), p.get(10), eps, p.get(11), p.maybe(12), p.maybe(13), activation, p.get(14),
+                     p.maybe(15), p.maybe(16), p.maybe(17), out);
+}
+
+// out = the blocks one after the other, each norm_attention_forward and then norm_mlp_forward. Parameters of each:
+// norm1 weight, bias; qkv weight, packed, bias; proj weight, packed, bias, scale; norm2 weight, bias; fc1 weight,
+// packed, bias; fc2 weight, packed, bias, scale. out is [T, D], or, with first_token, [B, D]: the first of every L =
+// max_seqlen rows alone, and the last block makes no others.
 void blocks_forward(Tensor x, std::vector<Tensor> parameters, int64_t heads, double scale, double eps,
-                    std::string activation, Tensor cu_seqlens, int64_t max_seqlen, Tensor out) {
+                    std::string activation, Tensor cu_seqlens, int64_t max_seqlen, bool first_token, Tensor out) {
     check("x", x, Device::kCpu, {kFloat, kBFloat16}, {-1, -1});
-    check("out", out, Device::kCpu, {x.scalar_type()}, {x.size(0), x.size(1)});
+    const int64_t rows = x.size(0), width = x.size(1), images = cu_seqlens.numel() - 1;
+    check("out", out, Device::kCpu, {x.scalar_type()}, {first_token ? images : rows, width});
     if (parameters.empty() || parameters.size() % BlockParameters::kCount != 0) {
         fail("parameters has ", parameters.size(), " tensors; needed: ", BlockParameters::kCount, " for each block");
     }
-    const Temporary middle({x.size(0), x.size(1)}, x.scalar_type());
-    for (size_t first = 0; first < parameters.size(); first += BlockParameters::kCount) {
-        const BlockParameters p{parameters.data() + first};
-        norm_attention_forward(first == 0 ? x : out, p.get(0), p.get(1), eps, p.get(2), p.maybe(3), p.maybe(4), heads,
+    if (first_token && images * max_seqlen != rows) {
+        fail("first_token needs images of ", max_seqlen, " rows; x has ", rows, " for ", images);
+    }
+    const size_t blocks = parameters.size() / BlockParameters::kCount, whole = blocks - first_token;
+    const Temporary middle({rows, width}, x.scalar_type()), stream({first_token ? rows : 0, width}, x.scalar_type());
+    const Tensor& made = first_token ? *stream : out;
+    for (size_t i = 0; i < whole; ++i) {
+        const BlockParameters p{parameters.data() + i * BlockParameters::kCount};
+        norm_attention_forward(i == 0 ? x : made, p.get(0), p.get(1), eps, p.get(2), p.maybe(3), p.maybe(4), heads,
                                scale, cu_seqlens, max_seqlen, p.get(5), p.maybe(6), p.maybe(7), p.maybe(8), *middle);
         norm_mlp_forward(*middle, p.get(9), p.get(10), eps, p.get(11), p.maybe(12), p.maybe(13), activation, p.get(14),
-                         p.maybe(15), p.maybe(16), p.maybe(17), out);
+                         p.maybe(15), p.maybe(16), p.maybe(17), made);
+    }
+    if (first_token) {
+        const BlockParameters last{parameters.data() + whole * BlockParameters::kCount};
+        first_token_forward(whole == 0 ? x : made, last, heads, scale, eps, activation, max_seqlen, out);
     }
 }
 

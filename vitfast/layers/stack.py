@@ -25,20 +25,25 @@ from vitfast.ops.raw_cpu import CpuKernels
 
 
 class BlockStack:
-    """Runs leading blocks of a model in one call where that is possible; holds what it found out about them until it changes."""
+    """Runs the blocks of a model in one call where that is possible; holds what it found out about them until it changes."""
 
     def __init__(self) -> None:
         self._plan: _Plan | None = None
 
-    def run(self, blocks: list[nn.Module], x_BLD: Tensor, tokens: Tokens, backend: str) -> Tensor | None:
-        """What ``blocks`` make of x, or None where they have to be called one by one."""
+    def run(
+        self, blocks: list[nn.Module], x_BLD: Tensor, tokens: Tokens, backend: str, first_token: bool
+    ) -> Tensor | None:
+        """What ``blocks`` make of x, or None where they have to be called one by one.
+
+        first_token: [B, 1, D], the first token alone.
+        """
         if torch.is_grad_enabled() or not blocks or not tokens.plain or not runs_unwatched(x_BLD):
             return None
         if x_BLD.device.type != "cpu" or autocast_dtype(x_BLD) is not None:
             return None
         if self._plan is None or not self._plan.fits(blocks):
             self._plan = _Plan.of(blocks, x_BLD, backend)
-        return None if self._plan is None else self._plan.run(x_BLD)
+        return None if self._plan is None else self._plan.run(x_BLD, first_token)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BlockStack:
         return BlockStack()
@@ -105,8 +110,8 @@ class _Plan:
             and all(panels.fits(weight) for weight, panels in self.panels)
         )
 
-    def run(self, x_BLD: Tensor) -> Tensor:
-        return self.kernels.blocks(x_BLD.contiguous(), self.parameters, *self.attributes)
+    def run(self, x_BLD: Tensor, first_token: bool) -> Tensor:
+        return self.kernels.blocks(x_BLD.contiguous(), self.parameters, *self.attributes, first_token)
 
 
 def _attributes(block: Any) -> tuple[Any, ...]:

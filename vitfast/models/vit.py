@@ -160,12 +160,12 @@ class VisionTransformer(nn.Module):
         x_BLD, tokens = self.start(images_BCHW, attn_mask, key_padding_mask)
         blocks: list[Any] = list(self.blocks)
         enough = for_head and bool(blocks) and self._class_token_is_enough(blocks[-1], tokens)
-        whole = blocks[:-1] if enough else blocks
-        together = None if watched(self.blocks) else self._stack.run(whole, x_BLD, tokens, self.config.backend)
+        backend = self.config.backend
+        together = None if watched(self.blocks) else self._stack.run(blocks, x_BLD, tokens, backend, enough)
         if together is not None:
-            x_BLD, blocks = together, blocks[len(whole) :]
-        for i, block in enumerate(blocks, start=len(self.blocks) - len(blocks)):
-            last = enough and i == len(self.blocks) - 1
+            return self.norm(together), tokens
+        for i, block in enumerate(blocks):
+            last = enough and i == len(blocks) - 1
             x_BLD, tokens = self.run_block(i, block.class_token if last else block, x_BLD, tokens)
         return self.norm(x_BLD), tokens
 

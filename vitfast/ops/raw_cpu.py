@@ -107,14 +107,23 @@ class CpuKernels(RawKernels):
         return out
 
     def blocks(
-        self, x: Tensor, parameters: list[Tensor], heads: int, scale: float, eps: float, activation: str
+        self,
+        x: Tensor,
+        parameters: list[Tensor],
+        heads: int,
+        scale: float,
+        eps: float,
+        activation: str,
+        first_token: bool,
     ) -> Tensor:
-        """Plain pre-norm blocks on x [B, L, D]; parameters: 18 of each block, as csrc/cpu/halves.cpp lists them."""
-        out = torch.empty_like(x)
+        """Plain pre-norm blocks on x [B, L, D]; parameters: 18 of each block, as csrc/cpu/halves.cpp lists them.
+
+        first_token: [B, 1, D], the first token alone.
+        """
         B, L, D = x.shape
-        lengths = even_lengths(B, L, x.device), L
-        flat = x.view(B * L, D), out.view(B * L, D)
-        self.functions.blocks_forward(flat[0], parameters, heads, scale, eps, activation, *lengths, flat[1])
+        out = x.new_empty(B, 1 if first_token else L, D)
+        options = heads, scale, eps, activation, even_lengths(B, L, x.device), L, first_token
+        self.functions.blocks_forward(x.view(B * L, D), parameters, *options, out.view(-1, D))
         return out
 
     def int8_linear(
