@@ -33,10 +33,12 @@ TOTAL_SECONDS = 560.0
 BUILD_SECONDS = 200.0
 PARITY_SECONDS = 120.0  # of the sweep and of the tests, which run side by side
 MOST_PROCESSES = 12  # of the sweep: each has a CUDA context of about 0.5 GiB
-RAW_TESTS = ("test_kernels_triton",)  # need no extension, so they run while it is built
+# These need no extension, so they run while it is built.
+RAW_TESTS = ("test_kernels_triton", "test_kernels_triton_attention")
 OP_TESTS = ("test_attention", "test_layer_norm", "test_patch_embed", "test_units")
 DRY_TESTS = {
     "test_kernels_triton": "test_many_partial_sums",
+    "test_kernels_triton_attention": "test_attention_empty",
     "test_attention": "test_every_remainder and (1-triton or 1-torch)",
 }
 NOT_HERE = "not compile and not gradcheck and not opcheck"  # these say nothing about the device, and take minutes

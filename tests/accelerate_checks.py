@@ -15,6 +15,13 @@ import vitfast
 from vitfast.benchmarks.architectures import build
 
 FP32 = 1e-5  # the project's bar for fp32 parity
+# One architecture of each kind, by the names of vitfast.benchmarks.architectures
+VIT = "timm/deit3_base_patch16_224"  # class token, LayerScale
+DINOV3 = "timm/vit_small_patch16_dinov3"  # rotary positions, registers
+TORCHVISION = "torchvision/vit_b_16"
+HF = "google/vit-base-patch16-224"
+HF_DINOV3 = "facebook/dinov3-vits16-pretrain-lvd1689m"
+ONE_EACH = [VIT, DINOV3, TORCHVISION, HF, HF_DINOV3]
 
 
 class Calls(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""Switches for the whole suite: Triton's interpreter where there is no GPU, the slow and gpu markers, poisoned memory."""
+"""Switches for the whole suite: Triton's interpreter where there is no GPU, the slow and gpu markers, fixtures of many files."""
 
 from __future__ import annotations
 
@@ -33,3 +33,20 @@ def poisoned_memory() -> Iterator[None]:
     yield
     torch.utils.deterministic.fill_uninitialized_memory = filled
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """What is this small is no faster on more threads, and much slower where other processes want the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the seconds that the benchmarks take to measure the machine."""
+    from bench_checks import MACHINE
+
+    monkeypatch.setattr("vitfast.benchmarks.suites.measure", lambda device, dtypes: MACHINE)

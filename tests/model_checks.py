@@ -1,10 +1,15 @@
-"""What tests of models share: small versions of named models, timm's twin of one, outputs and gradients."""
+"""What tests of models share: small versions of named models, timm's twin of one, an adapter, outputs and gradients."""
 
 import timm
 import torch
+from torch import nn
 
 import vitfast
 from vitfast.models.table import CONFIGS
+
+PLAIN, DINO, EVA = "vit_tiny_patch16_224", "vit_small_patch16_dinov3", "eva02_base_patch16_clip_224"
+REG = "vit_small_patch14_reg4_dinov2"
+MIXED = "vit_small_patch16_rope_mixed_224"
 
 
 def small(name, depth=2, heads=2):
@@ -30,6 +35,31 @@ def pair(name, ours=None, **overrides):
     model = vitfast.create_model(name, **overrides, **(ours or {}))
     model.load_state_dict(reference.state_dict(), strict=True)
     return reference, model
+
+
+def ours(name, **overrides):
+    """A small version of a named model, away from its start."""
+    return shake(vitfast.create_model(name, **{**small(name), **overrides}))
+
+
+def twins(name, first, second):
+    """Two models with the same parameters and other options."""
+    models = [ours(name, **options) for options in (first, second)]
+    models[1].load_state_dict(models[0].state_dict())
+    return models
+
+
+class LowRank(nn.Module):
+    """An adapter as libraries put it around a linear layer."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(base.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
 
 
 def batch(model, size=2, img_size=None):

@@ -45,6 +45,21 @@ LENGTHS = (
 )
 
 
+def randn(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    """Normal numbers in fp64, the same for the same seed."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.double) * scale
+
+
+def without_gradients(run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run`` under no_grad, for the ops that have no backward."""
+
+    def inner(*args: Any, **tensors: Any) -> Any:
+        with torch.no_grad():
+            return run(*args, **tensors)
+
+    return inner
+
+
 @dataclass
 class Case:
     """One call of an op.

@@ -14,7 +14,7 @@ KINDS = ("ours", "timm", "transformers")  # a model of create_model; accelerated
 # For what takes seconds for each: compilers and exporters. The quick run has our own model.
 OURS_FIRST = (KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:]))
 _OURS = "deit3_small_patch16_224"  # LayerScale, positions on patches only
-_ACCELERATED = {"timm": "timm/vit_small_patch16_dinov3", "transformers": "google/vit-base-patch16-224"}
+_ACCELERATED = {"timm": accelerate_checks.DINOV3, "transformers": accelerate_checks.HF}
 
 
 class Logits(nn.Module):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate_checks import Calls, assert_same_step, error, pair, run, step
+from accelerate_checks import HF, HF_DINOV3, Calls, assert_same_step, error, pair, run, step
 from torch import nn
 
 import vitfast
@@ -15,14 +15,12 @@ from vitfast.benchmarks.architectures import build, shake
 
 transformers = pytest.importorskip("transformers")
 
-VIT = "google/vit-base-patch16-224"
 DINOV2 = "facebook/dinov2-base"
-DINOV3 = "facebook/dinov3-vits16-pretrain-lvd1689m"
 SIGLIP = "google/siglip-base-patch16-224"
 CLIP = "openai/clip-vit-base-patch32"
 
 
-@pytest.mark.parametrize("name", [VIT, DINOV2, DINOV3, SIGLIP, CLIP])
+@pytest.mark.parametrize("name", [HF, DINOV2, HF_DINOV3, SIGLIP, CLIP])
 def test_output_hidden_states(name: str) -> None:
     original, model, inputs = pair(name)
     with Calls() as calls:
@@ -36,7 +34,7 @@ def test_output_hidden_states(name: str) -> None:
     assert calls["attention"] == 2
 
 
-@pytest.mark.parametrize("name", [VIT, DINOV3, SIGLIP])
+@pytest.mark.parametrize("name", [HF, HF_DINOV3, SIGLIP])
 def test_output_attentions(name: str) -> None:
     original, model, inputs = pair(name)
     for m in (original, model):
@@ -55,7 +53,7 @@ def test_output_attentions(name: str) -> None:
 
 
 def test_a_users_hook_on_attention_fires_beside_the_recorders() -> None:
-    original, model, inputs = pair(VIT)
+    original, model, inputs = pair(HF)
     model(**inputs, output_hidden_states=True)
     for m in (original, model):
         m.vit.layers[0].attention.register_forward_hook(lambda _m, _i, out: (out[0] * 2, *out[1:]))
@@ -63,7 +61,7 @@ def test_a_users_hook_on_attention_fires_beside_the_recorders() -> None:
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", [VIT, DINOV2])
+@pytest.mark.parametrize("name", [HF, DINOV2])
 def test_attention_masks(name: str, implementation: str) -> None:
     original, model, inputs = pair(name)
     mask = torch.ones(2, 17, dtype=torch.int64)
@@ -87,7 +85,7 @@ def test_somebodys_own_attention_function_is_called() -> None:
         return 2 * nn.functional.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2), None
 
     AttentionInterface.register("twice", twice)
-    original, model, inputs = pair(VIT)
+    original, model, inputs = pair(HF)
     for m in (original, model):
         m.set_attn_implementation("twice")
     assert error(run(model, inputs), run(original, inputs)) <= 1e-5
@@ -95,7 +93,7 @@ def test_somebodys_own_attention_function_is_called() -> None:
     assert "attn_implementation is 'twice'" in str(vitfast.report(model))
 
 
-@pytest.mark.parametrize("name", [DINOV2, DINOV3])
+@pytest.mark.parametrize("name", [DINOV2, HF_DINOV3])
 def test_drop_path_and_rope_augmentation_in_training(name: str) -> None:
     original, inputs = build(name, small=True, batch=16)
     for layer in original.modules():
@@ -103,7 +101,7 @@ def test_drop_path_and_rope_augmentation_in_training(name: str) -> None:
             home = __import__(type(layer).__module__, fromlist=["x"])
             kind = getattr(home, "Dinov2DropPath", None) or home.Dinov3ViTDropPath
             layer.drop_path = kind(0.4)
-    if name == DINOV3:
+    if name == HF_DINOV3:
         original.config.pos_embed_shift, original.config.pos_embed_jitter = 0.2, 1.5
         original.config.pos_embed_rescale = 2.0
     model = vitfast.accelerate(copy.deepcopy(original)).train()
@@ -136,7 +134,7 @@ def test_dropout_in_training_is_the_originals(rate: str) -> None:
 
 
 def test_gradient_checkpointing_of_transformers() -> None:
-    original, model, inputs = pair(VIT)
+    original, model, inputs = pair(HF)
     for m in (original, model):
         m.gradient_checkpointing_enable()
         m.train()
@@ -196,7 +194,7 @@ def test_layers_of_older_versions_are_left() -> None:
 
 
 def test_a_save_and_load_of_transformers(tmp_path: Any) -> None:
-    original, model, inputs = pair(VIT)
+    original, model, inputs = pair(HF)
     model.save_pretrained(tmp_path)
     again = type(original).from_pretrained(tmp_path).eval()
     assert torch.equal(run(again, inputs), run(original, inputs))

@@ -17,6 +17,7 @@ from op_checks import (
     check_gradients,
     check_parity,
     check_repeatable,
+    randn,
     skip_unless_available,
 )
 from tolerances import relative_error
@@ -32,15 +33,11 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(2, 5, 2, 8), (1, 1, 1, 16), (2, 50, 2, 64), (1, 197, 1, 64), (1, 65, 2, 72), (1, 33, 1, 80), (0, 4, 2, 8)]
 
 
-def _randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
-
-
 def case_of(B: int, L: int, H: int, E: int, bias: tuple[int, ...] | None = None, scale: float | None = None) -> Case:
     return Case(
         op=partial(ops.attention, scale=scale),
         ref=partial(attention_ref, scale=scale),
-        tensors={"qkv": _randn(B, L, 3, H, E), "bias": None if bias is None else _randn(*bias, seed=1)},
+        tensors={"qkv": randn(B, L, 3, H, E), "bias": None if bias is None else randn(*bias, seed=1)},
     )
 
 
@@ -89,7 +86,7 @@ def test_masked_keys(backend: str) -> None:
     """-inf masks a key; a query that sees no key gives zeros and no gradient, nowhere NaN."""
     skip_unless_available("attention", backend)
     device = "cpu" if backend == "cpu" else DEVICE
-    qkv = _randn(1, 6, 3, 1, 16).float().to(device).requires_grad_()
+    qkv = randn(1, 6, 3, 1, 16).float().to(device).requires_grad_()
     bias = torch.zeros(1, 1, 6, 6, device=device)
     bias[..., 4:] = -math.inf
     bias[..., 2, :] = -math.inf
@@ -109,7 +106,7 @@ def test_masked_keys(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_extreme_logits(backend: str, kind: str, dtype: torch.dtype) -> None:
     """Logits all far below zero, all equal, values that show which key was read: finite, and as good as PyTorch's."""
-    qkv = _randn(1, 65, 3, 1, 64)  # 65: one more than a tile
+    qkv = randn(1, 65, 3, 1, 64)  # 65: one more than a tile
     if kind == "large negative logits":
         qkv[:, :, 0], qkv[:, :, 1] = qkv[:, :, 0].abs() * 4, -qkv[:, :, 1].abs() * 4
     elif kind == "equal logits":
@@ -132,15 +129,15 @@ def test_packed_sequences(backend: str) -> None:
     def packed(qkv: Tensor, backend: str) -> Tensor:
         return ops.attention(qkv, cu_seqlens=bounds.to(qkv.device), max_seqlen=17, backend=backend)
 
-    check_parity(Case(packed, alone, {"qkv": _randn(23, 3, 2, 16)}), "attention", backend, torch.float32)
+    check_parity(Case(packed, alone, {"qkv": randn(23, 3, 2, 16)}), "attention", backend, torch.float32)
 
 
 VIEWS: dict[str, Callable[[], Tensor]] = {
-    "permuted": lambda: _randn(3, 2, 9, 3, 16).permute(1, 2, 0, 3, 4)[:, :8],  # q, k and v apart in memory
-    "part of wider rows": lambda: _randn(2, 8, 3, 2, 40)[..., 4:36:2],
-    "every other image": lambda: _randn(4, 8, 3, 2, 16)[::2],
-    "heads before tokens": lambda: _randn(2, 3, 2, 8, 16).permute(0, 3, 1, 2, 4),
-    "one image repeated": lambda: _randn(1, 8, 3, 2, 16).expand(3, -1, -1, -1, -1),
+    "permuted": lambda: randn(3, 2, 9, 3, 16).permute(1, 2, 0, 3, 4)[:, :8],  # q, k and v apart in memory
+    "part of wider rows": lambda: randn(2, 8, 3, 2, 40)[..., 4:36:2],
+    "every other image": lambda: randn(4, 8, 3, 2, 16)[::2],
+    "heads before tokens": lambda: randn(2, 3, 2, 8, 16).permute(0, 3, 1, 2, 4),
+    "one image repeated": lambda: randn(1, 8, 3, 2, 16).expand(3, -1, -1, -1, -1),
 }
 
 
@@ -152,7 +149,7 @@ def test_noncontiguous(backend: str, view: str) -> None:
 
 def _tables(rows: int, width: int, seed: int = 5) -> tuple[Tensor, Tensor]:
     """cos and sin of random angles, fp32: tables keep their dtype whatever q and k have."""
-    angles = _randn(rows, width, seed=seed).float()
+    angles = randn(rows, width, seed=seed).float()
     return angles.cos(), angles.sin()
 
 
@@ -172,17 +169,17 @@ def optional_case(
     for q, k gets the other one with "mixed".
     """
     B, L, H, E = shape
-    tensors: dict[str, Tensor | None] = {"qkv": _randn(B, L, 3, H, E)}
+    tensors: dict[str, Tensor | None] = {"qkv": randn(B, L, 3, H, E)}
     constants = []
     kinds = {"mixed": ("layer_norm", "rms_norm")}.get(norm, (norm, norm))
     for name, kind, seed in zip("qk", kinds, (1, 2), strict=True):
         if kind:
-            tensors[f"{name}_weight"] = 1 + 0.3 * _randn(E, seed=seed)
+            tensors[f"{name}_weight"] = 1 + 0.3 * randn(E, seed=seed)
         # Without a rotation q k_bias is the same for every key, and softmax drops it: no gradient to compare
         if kind == "layer_norm" and (name == "q" or rope):
-            tensors[f"{name}_bias"] = 0.3 * _randn(E, seed=seed + 10)
+            tensors[f"{name}_bias"] = 0.3 * randn(E, seed=seed + 10)
     if bias:
-        tensors["bias"] = _randn(H, L, L, seed=3)
+        tensors["bias"] = randn(H, L, L, seed=3)
     if rope:
         tensors["cos"], tensors["sin"] = _tables(L - prefix, E // 2 if rope == "pairs" else E)
         constants += ["cos", "sin"]
@@ -223,7 +220,7 @@ def test_far_below_zero(backend: str, length: int, dtype: torch.dtype, level: fl
     """
     skip_unless_available("attention", backend, dtype)
     device = "cpu" if backend == "cpu" else DEVICE
-    qkv = _randn(1, length, 3, 1, 16).to(device, dtype).requires_grad_()
+    qkv = randn(1, length, 3, 1, 16).to(device, dtype).requires_grad_()
     bias = torch.full((length, length), level, device=device)
     out = ops.attention(qkv, bias=bias, backend=backend)
     out.double().square().sum().backward()
@@ -275,7 +272,7 @@ def test_options_of_no_images(backend: str) -> None:
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rope_and_head_norms_by_definition(interleaved: bool) -> None:
     """Norm, then each pair times exp(i * angle) for all but the first token, then plain attention."""
-    qkv, angles, weight, shift = _randn(2, 7, 3, 2, 8), _randn(6, 4, seed=1), _randn(8, seed=2), _randn(8, seed=3)
+    qkv, angles, weight, shift = randn(2, 7, 3, 2, 8), randn(6, 4, seed=1), randn(8, seed=2), randn(8, seed=3)
     q, k, v = qkv.unbind(2)
     q = torch.nn.functional.layer_norm(q, (8,), weight, shift, 1e-6)
     k = k * torch.rsqrt(k.square().mean(-1, keepdim=True) + 1e-6) * weight
@@ -320,7 +317,7 @@ def test_packed_sequences_with_options(backend: str, interleaved: bool) -> None:
         where = {"cu_seqlens": bounds.to(qkv.device), "max_seqlen": 17}
         return ops.attention(qkv, rope=rope, **norms(weight, shift), **where, backend=backend)
 
-    tensors = {"qkv": _randn(23, 3, 2, E), "weight": 1 + 0.3 * _randn(E, seed=1), "shift": _randn(E, seed=2)}
+    tensors = {"qkv": randn(23, 3, 2, E), "weight": 1 + 0.3 * randn(E, seed=1), "shift": randn(E, seed=2)}
     check_parity(Case(packed, alone, tensors), "attention", backend, torch.float32)
 
 
@@ -329,7 +326,7 @@ def test_padding_hides_keys(backend: str) -> None:
     """Padding changes nothing for the others, gets no gradient as keys, and a sequence of padding alone gives zeros."""
     skip_unless_available("attention", backend)
     device = "cpu" if backend == "cpu" else DEVICE
-    qkv = _randn(3, 20, 3, 2, 16).float().to(device)
+    qkv = randn(3, 20, 3, 2, 16).float().to(device)
     mask = torch.zeros(3, 20, dtype=torch.bool, device=device)
     mask[0, 13:] = mask[1, 4] = mask[2] = True
     changed = qkv.clone()

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import bench_checks
 import pytest
-import torch
 
 from vitfast.benchmarks import everything, machine, pace, schema, suites
 from vitfast.benchmarks.everything import STEPS, Everything, Step
@@ -19,30 +18,9 @@ from vitfast.benchmarks.schema import Row
 from vitfast.cli.info import cpu_model
 from vitfast.cli.main import main
 
-MACHINE = {
-    "kind": "cpu",
-    "name": cpu_model(),
-    "threads": 1,
-    "cache_mib": 1.0,
-    "cold_mib": 2.0,
-    "copy_gb_per_s": 10.0,
-    "matrix_tflops": {"float32": 0.1, "bfloat16": 0.2},
-    "product_tflops": {"float32": 0.1, "bfloat16": 0.1},
-    "launch_us": 1.0,
-    "dispatch_us": 1.0,
-    "clocks": {},
-    "driver": None,
-    "load": 0.0,
-}
+pytestmark = pytest.mark.usefixtures("one_thread")
+MACHINE = bench_checks.MACHINE | {"name": cpu_model(), "product_tflops": {"float32": 0.1, "bfloat16": 0.1}}
 SHORT = (Step("layer_norm", "dry", 1), Step("patch_embed", "dry", 1), Step("attention", "threads", 1))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -5,32 +5,18 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from csrc_checks import CAPABILITIES, HALVES, C, on_each
 
 from vitfast.ops import plain as ops_plain
 from vitfast.ops.arguments import ACTIVATIONS, POINTWISE
 from vitfast.ops.compose import activation_ref
 from vitfast.ops.heads import Heads
 
-pytest.importorskip("vitfast._C", reason="the extension is not built: python setup.py build_ext --inplace")
-C = torch.ops.vitfast_C
-
-CAPABILITIES = ["portable", "avx2", "avx512", "avx512_bf16", "amx"]
-BEST = C.cpu_capability()
 # (dtype of the residual stream, compute dtype)
 DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)]
-HALVES = [torch.float32, torch.bfloat16]
 FLOOR = 2e-6  # a few fp32 roundings of values of order 1
 
-
-@pytest.fixture(autouse=True, params=CAPABILITIES)
-def capability(request):
-    try:
-        C.set_cpu_capability(request.param)
-    except RuntimeError as error:  # names the best that this CPU can run
-        pytest.skip(str(error))
-    torch.manual_seed(0)
-    yield request.param
-    C.set_cpu_capability(BEST)
+capability = on_each(CAPABILITIES)
 
 
 def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

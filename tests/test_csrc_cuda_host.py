@@ -9,7 +9,6 @@ import ctypes
 import itertools
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from torch import Tensor
 from vitfast.ops.arguments import ACTIVATIONS
 from vitfast.ops.compose import activation_ref
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parent.parent
 CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 # (X, Y): residual stream and compute dtype.
@@ -47,15 +47,6 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     for name in ("divide", "patch_corner_offset", "patch_row_offset"):
         getattr(loaded, name).restype = ctypes.c_int64
     return loaded
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The references are tiny: waking threads for them takes longer than they do."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def call(library: ctypes.CDLL, name: str, *arguments: object) -> None:

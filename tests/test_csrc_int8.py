@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
+from csrc_checks import HALVES, C, on_each
 from tolerances import assert_close_to_truth
 from torch import Tensor
 
@@ -13,24 +12,10 @@ from vitfast.ops.arguments import POINTWISE
 from vitfast.ops.int8_linear import int8_linear_ref
 from vitfast.ops.quantize import pack_weight, quantize_rows
 
-pytest.importorskip("vitfast._C", reason="the extension is not built: python setup.py build_ext --inplace")
-C = torch.ops.vitfast_C
-
-BEST = C.cpu_capability()
-HALVES = [torch.float32, torch.bfloat16]
 # Rows, inputs, outputs. Tiles have 4 or 6 rows and 16 to 64 columns; 4 inputs share a word.
 SHAPES = [(197, 64, 192), (430, 20, 100), (5, 33, 70), (1, 16, 16), (211, 48, 130), (7, 3101, 20), (9, 2, 113)]
 
-
-@pytest.fixture(autouse=True, params=["portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"])
-def capability(request: pytest.FixtureRequest) -> Iterator[str]:
-    try:
-        C.set_cpu_capability(request.param)
-    except RuntimeError as error:  # names the best that this CPU can run
-        pytest.skip(str(error))
-    torch.manual_seed(0)
-    yield request.param
-    C.set_cpu_capability(BEST)
+capability = on_each(["portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"])
 
 
 def product(x: Tensor, weight: Tensor, **options) -> Tensor:

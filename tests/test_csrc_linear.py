@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
+from csrc_checks import CAPABILITIES, HALVES, C, on_each
 from tolerances import assert_close_to_truth
 from torch import Tensor
 
 from vitfast.ops.arguments import POINTWISE
 from vitfast.ops.compose import activation_ref
 
-pytest.importorskip("vitfast._C", reason="the extension is not built: python setup.py build_ext --inplace")
-C = torch.ops.vitfast_C
-
-CAPABILITIES = ["portable", "avx2", "avx512", "avx512_bf16", "amx"]
-BEST = C.cpu_capability()
-HALVES = [torch.float32, torch.bfloat16]
 # Rows, inputs, outputs. Tiles have 4 or 6 rows and 16 to 64 columns; inputs over 1536 (fp32) and 3072 (bf16) come in blocks;
 # an odd number of inputs leaves half a word in bf16.
 SHAPES = [
@@ -32,16 +25,7 @@ SHAPES = [
     (3, 0, 16),
 ]
 
-
-@pytest.fixture(autouse=True, params=CAPABILITIES)
-def capability(request: pytest.FixtureRequest) -> Iterator[str]:
-    try:
-        C.set_cpu_capability(request.param)
-    except RuntimeError as error:  # names the best that this CPU can run
-        pytest.skip(str(error))
-    torch.manual_seed(0)
-    yield request.param
-    C.set_cpu_capability(BEST)
+capability = on_each(CAPABILITIES)
 
 
 def product(x: Tensor, weight: Tensor, **options) -> Tensor:

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
 import torch
+from csrc_checks import BEST, C, on_each
 
 from vitfast.benchmarks import machine, peak
 
-pytest.importorskip("vitfast._C", reason="the extension is not built: python setup.py build_ext --inplace")
-C = torch.ops.vitfast_C
-
-BEST = C.cpu_capability()
 SECONDS = 0.01
 # No core runs faster than 7 GHz or has more than four units for vectors of so many lanes; a tile's product takes 16 cycles.
 CYCLES, UNITS = 7e9, 4
@@ -23,15 +19,7 @@ LANES = {"portable": 4, "avx2": 8, "avx512": 16, "avx512_vnni": 16, "avx512_bf16
 MOST_PER_LANE = {"float32": 2, "bfloat16": 4, "int8": 8}
 MOST_OF_TILES = {"bfloat16": 2 * 16 * 32, "int8": 2 * 16 * 64}  # operations a cycle
 
-
-@pytest.fixture(params=list(LANES))
-def capability(request: pytest.FixtureRequest) -> Iterator[str]:
-    try:
-        C.set_cpu_capability(request.param)
-    except RuntimeError as error:  # names the best that this CPU can run
-        pytest.skip(str(error))
-    yield request.param
-    C.set_cpu_capability(BEST)
+capability = on_each(LANES, autouse=False)
 
 
 @pytest.mark.parametrize("dtype", peak.DTYPES)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from bench_checks import content, row
 
-from vitfast.benchmarks import bench_model, bench_train, gpu, parity, suites
+from vitfast.benchmarks import bench_attention, bench_model, bench_train, gpu, parity, schema, suites
 
 TRAINED = sorted({str(shape["model"]) for shape in bench_train.SHAPES["cuda"] if "model" in shape})
 
@@ -81,3 +83,33 @@ def test_a_failed_share_fails_the_run(share: int, code: int, tmp_path: Path, mon
     monkeypatch.setattr(gpu.Run, "process", lambda self, *_: (124, "half a line"))
     assert gpu.sweep(run, f"{share}/2") == (0, 1)
     assert run.failed
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_parity_sweep_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [name for name, _ in parity.cases("cpu", ("float32",), dry=False)]
+    assert len(names) == len(set(names))
+    for r in range(16):
+        assert any(f"L={16 + r} " in name for name in names)
+    right = dict(parity.sweep("cpu", ("float32",), True, frozenset()))
+    assert len(right) >= 8
+    assert not any(right.values())
+    attention = functools.partial(bench_attention.attention, scale=0.2)
+    monkeypatch.setattr(bench_attention, "attention", attention)
+    wrong = {name for name, reason in parity.sweep("cpu", ("float32",), True, frozenset()) if reason}
+    assert wrong
+    assert all(name.startswith("attention") for name in wrong)
+
+
+def test_gpu_run_keeps_one_row_of_each() -> None:
+    first, second = content(row(), row("sdpa")), content(row(ms=5.0), row(shape="B=2 L=4"))
+    both = gpu.merged([first, second])
+    schema.validate(both)
+    assert [(r["provider"], r["shape"], r["ms"]) for r in both["rows"]] == [
+        ("vitfast cpu", "B=1 L=4", 1.0),
+        ("sdpa", "B=1 L=4", 1.0),
+        ("vitfast cpu", "B=2 L=4", 1.0),
+    ]
+    assert len(both["absent"]) == 1
+    assert gpu._with_exclusions(["--seconds", "1"], ["p q"]) == ["--seconds", "1", "--providers", "!p q"]
+    assert gpu._with_exclusions(["--providers", "a"], ["b"]) == ["--providers", "!b", "a"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from op_checks import BACKENDS, Case, check_compiles, check_parity, check_repeatable
+from op_checks import BACKENDS, Case, check_compiles, check_parity, check_repeatable, without_gradients
 from test_units import norm_mlp_case
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,14 +19,6 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def _without_gradients(run: Any) -> Any:
-    def inner(*args: Any, **tensors: Any) -> Tensor:
-        with torch.no_grad():
-            return run(*args, **tensors)
-
-    return inner
-
-
 def norm_attention_case(shape: tuple[int, int, int], heads: int, extras: bool = True) -> Case:
     D = shape[-1]
 
@@ -36,8 +28,8 @@ def norm_attention_case(shape: tuple[int, int, int], heads: int, extras: bool = 
         )
 
     return Case(
-        op=_without_gradients(partial(ops.norm_attention, num_heads=heads)),
-        ref=_without_gradients(partial(norm_attention_ref, num_heads=heads)),
+        op=without_gradients(partial(ops.norm_attention, num_heads=heads)),
+        ref=without_gradients(partial(norm_attention_ref, num_heads=heads)),
         tensors={
             "x": randn(*shape),
             "norm_weight": randn(D) + 1,
@@ -75,7 +67,7 @@ def test_norm_attention_compiles_and_repeats(backend: str) -> None:
 def test_norm_mlp(backend: str, dtype: torch.dtype, activation: str) -> None:
     case = norm_mlp_case((3, 17, 40), activation=activation)
     del case.tensors["drop_path"]  # as in a model at inference
-    case.op, case.ref = _without_gradients(case.op), _without_gradients(case.ref)
+    case.op, case.ref = without_gradients(case.op), without_gradients(case.ref)
     check_parity(case, "norm_mlp", backend, dtype)
 
 

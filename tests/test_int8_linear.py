@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from op_checks import Case, check_compiles, check_parity, check_repeatable, skip_unless_available
+from op_checks import Case, check_compiles, check_parity, check_repeatable, skip_unless_available, without_gradients
 from torch import Tensor
 
 from vitfast import ops
@@ -19,14 +19,6 @@ from vitfast.ops.quantize import quantize_rows
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 BACKENDS = ["torch", "cpu"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def without_gradients(run: Any) -> Any:
-    def inner(*args: Any, **tensors: Any) -> Tensor:
-        with torch.no_grad():
-            return run(*args, **tensors)
-
-    return inner
 
 
 def case(shape: tuple[int, ...], outputs: int, *, permuted: bool = False, **options: Any) -> Case:

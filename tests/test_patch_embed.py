@@ -6,8 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from op_checks import BACKENDS, Case, check_compiles, check_gradients, check_parity, check_repeatable
-from torch import Tensor
+from op_checks import BACKENDS, Case, check_compiles, check_gradients, check_parity, check_repeatable, randn
 
 from vitfast import ops
 from vitfast.ops.patch_embed import patch_embed_ref
@@ -15,10 +14,6 @@ from vitfast.ops.patch_embed import patch_embed_ref
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def _randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
 
 
 def case_of(
@@ -35,7 +30,7 @@ def case_of(
 ) -> Case:
     height, width = size
     N = (height // P) * (width // P)
-    images = _randn(B, C, height, width)
+    images = randn(B, C, height, width)
     if uint8:
         images = torch.randint(0, 256, images.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     constants = {"mean": (MEAN * C)[:C], "std": (STD * C)[:C]} if normalise else {}
@@ -44,12 +39,10 @@ def case_of(
         ref=partial(patch_embed_ref, **constants),
         tensors={
             "images": images,
-            "weight": _randn(D, C, P, P, seed=1) * (C * P * P) ** -0.5,
-            "bias": _randn(D, seed=2),
-            "pos_embed": {"all": _randn(1, prefix + N, D, seed=3), "patches": _randn(1, N, D, seed=3), "none": None}[
-                pos
-            ],
-            "prefix": _randn(1, prefix, D, seed=4) if prefix else None,
+            "weight": randn(D, C, P, P, seed=1) * (C * P * P) ** -0.5,
+            "bias": randn(D, seed=2),
+            "pos_embed": {"all": randn(1, prefix + N, D, seed=3), "patches": randn(1, N, D, seed=3), "none": None}[pos],
+            "prefix": randn(1, prefix, D, seed=4) if prefix else None,
         },
         constants=("images",) if uint8 else (),
     )

@@ -22,6 +22,7 @@ from vitfast.train.metrics import Meter, read_metrics
 from vitfast.train.optim import build_optimizer, lr_factor, parameter_groups
 from vitfast.train.recipes import RECIPES, recipe_config
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TINY_VIT = {"depth": 1, "embed_dim": 32, "num_heads": 2}
 FAST = {
     "model": "vit_tiny_patch2_8",
@@ -54,15 +55,6 @@ class Silent:
 def train(out: Path, **settings):
     run = {k: settings.pop(k) for k in ("resume", "overwrite", "on_step") if k in settings}
     return fit(out=str(out), reporter=Silent(), **run, **(FAST | settings))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small are no faster on more threads, and much slower where other processes want the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from op_checks import BACKENDS, Case, check_compiles, check_gradients, check_parity, check_repeatable
+from op_checks import BACKENDS, Case, check_compiles, check_gradients, check_parity, check_repeatable, randn
 from torch import Tensor
 from torch.nn import functional
 
@@ -23,10 +23,6 @@ PRODUCT_BACKENDS = (*BACKENDS, "triton_fused")  # Triton's own products too, whi
 SHAPES = [(2, 5, 24), (1, 1, 8), (3, 17, 40), (0, 4, 16)]
 
 
-def _randn(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.double) * scale
-
-
 def mlp_case(shape: tuple[int, ...], activation: str = "gelu", bias: bool = True) -> Case:
     D = shape[-1]
     F = 2 * D + 8
@@ -35,11 +31,11 @@ def mlp_case(shape: tuple[int, ...], activation: str = "gelu", bias: bool = True
         op=partial(ops.mlp, activation=activation),
         ref=partial(mlp_ref, activation=activation),
         tensors={
-            "x": _randn(*shape),
-            "fc1_weight": _randn(H, D, seed=1, scale=D**-0.5),
-            "fc1_bias": _randn(H, seed=2) if bias else None,
-            "fc2_weight": _randn(D, F, seed=3, scale=F**-0.5),
-            "fc2_bias": _randn(D, seed=4) if bias else None,
+            "x": randn(*shape),
+            "fc1_weight": randn(H, D, seed=1, scale=D**-0.5),
+            "fc1_bias": randn(H, seed=2) if bias else None,
+            "fc2_weight": randn(D, F, seed=3, scale=F**-0.5),
+            "fc2_bias": randn(D, seed=4) if bias else None,
         },
     )
 
@@ -55,10 +51,10 @@ def norm_mlp_case(
         ref=partial(norm_mlp_ref, activation=activation),
         tensors={
             "x": inner.pop("x"),
-            "norm_weight": _randn(D, seed=5) + 1,
-            "norm_bias": _randn(D, seed=6),
+            "norm_weight": randn(D, seed=5) + 1,
+            "norm_bias": randn(D, seed=6),
             **inner,
-            "scale": _randn(D, seed=7) if extras else None,
+            "scale": randn(D, seed=7) if extras else None,
             "drop_path": factor if extras else None,
         },
         constants=("drop_path",),
@@ -71,11 +67,11 @@ def norm_linear_case(shape: tuple[int, ...], recompute: str = "fused", bias: boo
         op=partial(ops.norm_linear, recompute=recompute),
         ref=norm_linear_ref,
         tensors={
-            "x": _randn(*shape),
-            "norm_weight": _randn(D, seed=5) + 1,
-            "norm_bias": _randn(D, seed=6),
-            "weight": _randn(3 * D, D, seed=1, scale=D**-0.5),
-            "bias": _randn(3 * D, seed=2) if bias else None,
+            "x": randn(*shape),
+            "norm_weight": randn(D, seed=5) + 1,
+            "norm_bias": randn(D, seed=6),
+            "weight": randn(3 * D, D, seed=1, scale=D**-0.5),
+            "bias": randn(3 * D, seed=2) if bias else None,
         },
     )
 
@@ -86,11 +82,11 @@ def linear_residual_case(shape: tuple[int, ...], extras: bool = True) -> Case:
         op=ops.linear_residual,
         ref=linear_residual_ref,
         tensors={
-            "residual": _randn(*shape, seed=8),
-            "x": _randn(*shape[:-1], D + 8),
-            "weight": _randn(D, D + 8, seed=1, scale=D**-0.5),
-            "bias": _randn(D, seed=2) if extras else None,
-            "scale": _randn(D, seed=7) if extras else None,
+            "residual": randn(*shape, seed=8),
+            "x": randn(*shape[:-1], D + 8),
+            "weight": randn(D, D + 8, seed=1, scale=D**-0.5),
+            "bias": randn(D, seed=2) if extras else None,
+            "scale": randn(D, seed=7) if extras else None,
             "drop_path": torch.tensor([0.0, 2.0, 1.25])[: shape[0]] if extras else None,
         },
         constants=("drop_path",),
@@ -244,7 +240,7 @@ def test_under_autocast(backend: str) -> None:
         case = make((3, 17, 40))
         wide = Case(cast(case.op), cast(case.ref), case.tensors, case.constants, wide=tuple(case.tensors))
         check_parity(wide, op, backend, torch.bfloat16)
-    x = _randn(2, 3, 8).float()
+    x = randn(2, 3, 8).float()
     with torch.autocast("cpu", torch.bfloat16):
         assert ops.mlp(**mlp_case((2, 3, 8)).inputs(torch.float32, "cpu", grad=False)).dtype == torch.bfloat16
         assert ops.linear_residual(x, x, torch.eye(8)).dtype == torch.float32
