@@ -108,7 +108,7 @@ def test_a_kernel_that_does_not_compile_is_a_problem_and_not_the_end(tmp_path):
     script = (
         "import sys; from unittest import mock; from vitfast.kernels import aot, configs, layer_norm;"
         "big = configs.RowConfig(rows=4096, width=1024, warps=4);"
-        "mock.patch.object(layer_norm, 'row_config', lambda columns: big).start(); sys.exit(aot.main(sys.argv[1:]))"
+        "mock.patch.object(layer_norm, 'row_config', lambda *_: big).start(); sys.exit(aot.main(sys.argv[1:]))"
     )
     out = tmp_path / "aot.json"
     arguments = ["--quick", "--jobs", "1", "--arch", "80", "--only", "layer_norm D=768 fp32", "--out", str(out)]
