@@ -46,9 +46,12 @@ results: $(VENV)/.built
 	$(BIN)/vitfast bench all --out "$$folder" $(if $(MINUTES),--minutes $(MINUTES))
 	@$(BIN)/vitfast bench report benchmarks/results --into README.md docs/performance.md
 
-# On a GPU: measures the library's products against ours and rewrites kernels/product_table.py. Uses PYTHON as it is.
+# On a GPU: measures the products against the library's and the search space of every other kernel, and rewrites
+# kernels/product_table.py and kernels/tile_table.py. Prints how long it may take; TUNE="--kernel attention_forward --dtype
+# bfloat16" for a part. Uses PYTHON as it is.
+TUNE ?=
 tune:
-	PYTHONPATH=. $(PYTHON) -m vitfast.kernels.tune
+	PYTHONPATH=. $(PYTHON) -m vitfast.kernels.tune $(TUNE)
 
 # On a GPU, under ten minutes: build, parity, benchmarks; at most eight files in OUT. Uses PYTHON as it is, no .venv.
 OUT ?= runs/gpu

@@ -4,8 +4,8 @@
         [--out FILE]
 
 The launchers run on meta tensors with the launch itself replaced by compilation, so what is compiled is what would run; what is
-covered, and why that is enough, says aot_cases.py. Prints and writes, for each kernel, configuration, dtype and
-architecture, registers, spills (a kernel's STACK bytes), shared memory, blocks per multiprocessor, the tensor-core
+covered, and why that is enough, say aot_cases.py (by the rules of configs.py) and aot_tuned.py (rows that make tune wrote).
+Prints and writes, for each kernel, configuration, dtype and architecture, registers, spills (a kernel's STACK bytes), shared memory, blocks per multiprocessor, the tensor-core
 instruction, whether the tensor memory accelerator fetches the operands, and the floor: the time that its FLOPs and its
 tensors, moved once, take at the published rates of the named GPU (chips.py) for the case's shape. Fails on a kernel that does
 not compile, on a spill, on shared memory over the chip's limit, on a 16-bit product without tensor cores (on Hopper and
@@ -30,8 +30,9 @@ import triton
 from triton.runtime.jit import JITFunction
 
 from . import layer_norm
-from .aot_cases import ALL, BATCH, cases
+from .aot_cases import ALL, BATCH
 from .aot_compile import compile_case
+from .aot_tuned import cases
 from .chips import CHIPS
 
 HEADER = f"{'arch':<7}{'dtype':<5}{'case':<41}{'kernel':<30} regs spills  shared warps blocks floor us  tensor cores"

@@ -12,7 +12,9 @@ k (prepared). What else could differ is compiled at its heaviest:
   and only such chunks of keys as none larger stand for.
 - Where ptxas chooses the number of registers itself (16-bit heads up to 128, not prepared), a lighter kernel can spill where
   a heavier one does not: there, at the usual widths 64 and 128, options are compiled one by one too.
-The other tables depend on widths and dtypes, all of which are here, with widths that leave masked columns.
+The other rules depend on widths and dtypes, all of which are here, with widths that leave masked columns.
+
+All this is compiled by the rules alone, as if tile_table.py were empty; its rows come after (aot_tuned.py).
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from . import (
     patch_embed,
     patchify,
 )
+from .tile_rows import TileRow
 
 BATCH = 64
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
@@ -112,44 +115,55 @@ def wanted_here(choose: Callable[..., Any], L: int, options: str, biased: bool, 
     return options in (alike[0], alike[-1])
 
 
-def attention_case(L: int, E: int, options: str) -> Callable[[torch.dtype], None]:
-    """options: words of "bias", "bias32", "padding", "packed", "rope", "norm", or "all" that goes together.
+def attention_case(L: int, E: int, options: str, tuned: TileRow | None = None) -> Callable[[torch.dtype], None]:
+    """options: words of "bias", "bias32", "padding", "packed", "rope", "norm", or "all" that goes together. tuned: only
+    what this row of tile_table.py decides.
 
     "rope" turns halves by one angle for each pair, as DINOv3, with norms or in "all" by one for each element, there
     interleaved, as EVA. Four registers and a class token do not turn.
     """
-    wanted = {"rope", "interleaved", "norm", "bias32", "padding"} if options == "all" else set(options.split())
+    words = {"rope", "interleaved", "norm", "bias32", "padding"} if options == "all" else set(options.split())
 
     def launch(dtype: torch.dtype) -> None:
-        biased, prepared = wanted & {"bias", "bias32"}, bool(wanted & {"rope", "norm"})
+        biased, prepared = words & {"bias", "bias32"}, bool(words & {"rope", "norm"})
         if biased and prepared and configs.attention_why_not(E, dtype, True, True):
             biased = set()  # padding alone then
         if configs.attention_why_not(E, dtype, bool(biased), prepared):
             return
         H, T = 12, BATCH * L
         qkv, out, lse = meta(T, 3, H, E, dtype=dtype), meta(T, H, E, dtype=dtype), meta(H, T)
-        bias = meta(1, H, L, L, dtype=torch.float32 if "bias32" in wanted else dtype) if biased else None
+        bias = meta(1, H, L, L, dtype=torch.float32 if "bias32" in words else dtype) if biased else None
         d_bias = meta(1, H, L, L) if biased else None
-        padding = meta(BATCH, L, dtype=torch.bool) if "padding" in wanted else None
-        cu_seqlens = meta(BATCH + 1, dtype=torch.int32) if "packed" in wanted else None
+        padding = meta(BATCH, L, dtype=torch.bool) if "padding" in words else None
+        cu_seqlens = meta(BATCH + 1, dtype=torch.int32) if "packed" in words else None
         heads = attention_heads.HeadOptions()
-        if "rope" in wanted:
-            table = meta(T if "packed" in wanted else L - 5, E if "norm" in wanted else E // 2)
-            heads = heads._replace(cos=table, sin=table, interleaved="interleaved" in wanted)
-        d_norm = meta(2, E) if "norm" in wanted else None
-        if "norm" in wanted:
+        if "rope" in words:
+            table = meta(T if "packed" in words else L - 5, E if "norm" in words else E // 2)
+            heads = heads._replace(cos=table, sin=table, interleaved="interleaved" in words)
+        d_norm = meta(2, E) if "norm" in words else None
+        if "norm" in words:
             vector, kind = meta(E), "layer_norm"
             heads = heads._replace(q_norm=kind, q_weight=vector, q_bias=vector, q_eps=1e-6)
             heads = heads._replace(k_norm=kind, k_weight=vector, k_bias=vector, k_eps=1e-6)
-        lengths = (cu_seqlens, L, 0 if "packed" in wanted else L)
+        lengths = (cu_seqlens, L, 0 if "packed" in words else L)
         given = (E**-0.5, bias, padding, heads, *lengths)
         flags = (bias is not None or padding is not None, heads.active)
-        row = (L, options, *flags, E, dtype, device.dot_precision(dtype), device.device_properties(qkv.device).arch)
-        if wanted_here(configs.attention_forward_config, *row):
+        rest = (E, dtype, device.dot_precision(dtype), device.device_properties(qkv.device).arch)
+        names = ("length", "head_dim", "dtype", "precision", "arch", "biased", "prepared")
+        arguments = dict(zip(names, (L, *rest, *flags), strict=True))
+
+        def wanted(kernel: str) -> bool:
+            if tuned is not None:
+                return tuned.kernel == kernel and tuned.fits(arguments)
+            if kernel == "bias_gradient":  # its own rule has a row for each kind
+                return LENGTHS[0] == L
+            return wanted_here(getattr(configs, f"{kernel}_config"), L, options, *flags, *rest)
+
+        if wanted("attention_forward"):
             attention_forward.attention_forward(qkv, *given, out, lse)
-        if wanted_here(configs.attention_backward_config, *row):
+        if wanted("attention_backward"):
             attention_backward.attention_backward(out, qkv, out, lse, *given, qkv, d_bias, d_norm, d_norm)
-        elif d_bias is not None and LENGTHS[0] == L:  # its own table has a row for each kind
+        elif d_bias is not None and wanted("bias_gradient"):
             masks = (bias, attention_forward.as_bytes(padding), heads, cu_seqlens, L)
             attention_bias.attention_bias_gradient(out, qkv, lse, lse, E**-0.5, *masks, d_bias)
 
@@ -209,7 +223,7 @@ def attention_cases() -> Iterator[Case]:
             yield Case(f"attention E={E} L={L} {options}".strip(), attention_case(L, E, options), dtypes, heads(L, E))
     # the smallest, and those that fill their pieces, where only the classes' other members stand for them
     for E in (16, 48):
-        yield Case(f"attention E={E} L=632", attention_case(632, E, ""), BF16, heads(632, E))
+        yield Case(f"attention E={E} L=632", attention_case(632, E, ""), HALF, heads(632, E))
 
 
 def heads(L: int, E: int) -> dict[str, int]:
@@ -251,7 +265,3 @@ def quick_cases() -> Iterator[Case]:
     shape = {"B": BATCH, "N": 256, "K": 768, "D": 768}
     yield Case("patch_embed P=16 D=768 uint8", patch_case(16, 768, torch.uint8, False), BF16, shape)
     yield Case("mlp D=768", mlp_case(768, 3072, BATCH * 197, ("gelu",)), BF16, {"T": BATCH * 197, "D": 768, "F": 3072})
-
-
-def cases(quick: bool) -> list[Case]:
-    return list(quick_cases() if quick else all_cases())

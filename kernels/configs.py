@@ -1,7 +1,9 @@
 """Tile sizes, as data: a deterministic choice by shape, dtype and architecture, each with its reason.
 
 Nothing here was timed on a GPU yet: choices follow from registers, shared memory and useful share of the tile, as
-`python -m vitfast.kernels.aot` prints them.
+`python -m vitfast.kernels.aot` prints them. Where `make tune` found something faster on a chip, the row it wrote comes
+first: tile_table.py for what is `tuned` here, product_table.py for the products of mlp.py. Nothing is measured at a
+user's first call.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .product_table import ROWS
+from .tile_rows import tuned
 
 
 def next_power_of_two(n: int) -> int:
@@ -40,18 +43,18 @@ class RowConfig:
         return min(65536 // (32 * self.warps * max(self.programs, 1)) // 8 * 8, 255)
 
 
-@functools.cache
-def row_config(columns: int) -> RowConfig:
+@tuned("layer_norm", RowConfig)
+def row_config(columns: int, dtype: torch.dtype, arch: int) -> RowConfig:
     """LayerNorm forward: about 16 elements per thread in each operand, so that branch, scale and weight stay in
-    registers."""
+    registers. dtype: of the residual stream."""
     width = next_power_of_two(columns)
     if width <= 2048:
         return RowConfig(rows=min(2048 // width, 32), width=width, warps=4)
     return RowConfig(rows=1, width=width, warps=min(width // 512, 16))
 
 
-@functools.cache
-def backward_rows(columns: int) -> RowConfig:
+@tuned("layer_norm_backward", RowConfig)
+def backward_rows(columns: int, dtype: torch.dtype, arch: int) -> RowConfig:
     """LayerNorm backward: three column sums live in registers too, so 8 elements per thread; 16 only at the widest.
 
     At about 96 registers per thread 20 warps are resident on a multiprocessor; more programs than that would wait for a
@@ -142,7 +145,7 @@ def attention_why_not(head_dim: int, dtype: torch.dtype, bias: bool = False, pre
     return None
 
 
-@functools.cache
+@tuned("attention_forward", AttentionConfig)
 def attention_forward_config(
     length: int, head_dim: int, dtype: torch.dtype, precision: str, arch: int, biased: bool, prepared: bool
 ) -> AttentionConfig:
@@ -202,16 +205,17 @@ def delta_rows(head_dim: int) -> int:
     return 32 if head_dim <= 128 else 16
 
 
-@functools.cache
+@tuned("attention_backward", AttentionBackwardConfig)
 def attention_backward_config(
     length: int, head_dim: int, dtype: torch.dtype, precision: str, arch: int, biased: bool, prepared: bool
 ) -> AttentionBackwardConfig:
     free = dtype != torch.float32 and not prepared and head_dim <= 128
-    # Blackwell: pieces (72, 88), biases and heads of 16 are where ptxas spilled 8 to 16 bytes to keep below 80, 128 or 168
-    free = free and not (arch >= 100 and (biased or head_dim > 64 or head_dim <= 16))
+    # Blackwell: pieces (72, 88), biases and loops over heads of 16 are where ptxas spilled 8 to 16 bytes to keep below 80,
+    # 128 or 168.
+    free = free and not (arch >= 100 and (biased or head_dim > 64))
 
     def looped(own: int, step: int, warps: int, stages: int = 1) -> AttentionBackwardConfig:
-        registers = None if free else ALL_REGISTERS
+        registers = None if free and (arch < 100 or head_dim > 16) else ALL_REGISTERS
         return AttentionBackwardConfig(own=own, step=step, chunks=(), warps=warps, stages=stages, registers=registers)
 
     if dtype == torch.float32:
@@ -280,7 +284,7 @@ class BiasGradientConfig:
     registers: int | None = None
 
 
-@functools.cache
+@tuned("bias_gradient", BiasGradientConfig)
 def bias_gradient_config(
     head_dim: int, dtype: torch.dtype, precision: str, arch: int, prepared: bool
 ) -> BiasGradientConfig:
@@ -328,8 +332,8 @@ def _small(columns: int, limit: int) -> int:
     return max(16, min(limit, next_power_of_two(columns)))
 
 
-@functools.cache
-def patch_embed_config(columns: int, depth: int, dtype: torch.dtype, arch: int) -> ProductConfig:
+@tuned("patch_embed", ProductConfig)
+def patch_embed_config(columns: int, depth: int, dtype: torch.dtype, precision: str, arch: int) -> ProductConfig:
     if dtype == torch.float32:
         return ProductConfig(rows=64, columns=_small(columns, 32), depth=_small(depth, 16), warps=4, stages=2)
     # Pixels pass through registers to be converted, so one tile of them should serve many columns; depth 64 is one
@@ -337,13 +341,23 @@ def patch_embed_config(columns: int, depth: int, dtype: torch.dtype, arch: int) 
     return ProductConfig(rows=128, columns=_small(columns, 128), depth=_small(depth, 64), warps=8, stages=3)
 
 
-@functools.cache
-def patch_weight_config(rows: int, columns: int, pixels: torch.dtype, dtype: torch.dtype, arch: int) -> ProductConfig:
+@tuned("patch_image", ProductConfig)
+def patch_image_config(columns: int, depth: int, dtype: torch.dtype, precision: str, arch: int) -> ProductConfig:
+    """The images' gradient: the forward's rule, with a patch's pixels as columns. Tuned apart, as here neither operand
+    passes through registers and what fits in shared memory is another matter."""
+    return patch_embed_config.rule(columns, depth, dtype, precision, arch)
+
+
+@tuned("patch_weight", ProductConfig)
+def patch_weight_config(
+    rows: int, columns: int, wide_pixels: bool, dtype: torch.dtype, precision: str, arch: int
+) -> ProductConfig:
+    """wide_pixels: of fp32."""
     if dtype == torch.float32:
         limit = blackwell_limit(arch)
         return ProductConfig(_small(rows, 64), _small(columns, 64), depth=16, warps=4, stages=2, registers=limit)
     # 128 columns of fp32 pixels spilled 192 bytes on Ampere and 32 on Blackwell
-    side = 64 if pixels == torch.float32 and not 90 <= arch < 100 else 128
+    side = 64 if wide_pixels and not 90 <= arch < 100 else 128
     return ProductConfig(rows=_small(rows, 128), columns=_small(columns, side), depth=64, warps=8, stages=3)
 
 

@@ -185,7 +185,7 @@ def layer_norm_forward(
     T, D = x.shape
     if T == 0:
         return
-    config = row_config(D)
+    config = row_config(D, x.dtype, device.device_properties(x.device).arch)
     _forward_kernel[(triton.cdiv(T, config.rows),)](
         x, branch, scale, drop_path, weight, bias, total, normed, mean, rstd, T, _rows_per_image(T, drop_path), eps,
         D, config.rows, config.width, num_warps=config.warps, maxnreg=config.registers, enable_fp_fusion=False,
@@ -205,7 +205,7 @@ def layer_norm_apply(
     T, D = total.shape
     if T == 0:
         return
-    config = row_config(D)
+    config = row_config(D, total.dtype, device.device_properties(total.device).arch)
     _apply_kernel[(triton.cdiv(T, config.rows),)](
         total, mean, rstd, weight, bias, normed, T, D, config.rows, config.width,
         num_warps=config.warps, enable_fp_fusion=False,
@@ -224,7 +224,7 @@ def scale_add_forward(
     T, D = residual.shape
     if T == 0:
         return
-    config = row_config(D)
+    config = row_config(D, residual.dtype, device.device_properties(residual.device).arch)
     _scale_add_kernel[(triton.cdiv(T, config.rows),)](
         residual, branch, scale, drop_path, total, T, _rows_per_image(T, drop_path), D, config.rows, config.width,
         num_warps=config.warps, enable_fp_fusion=False,
@@ -258,10 +258,9 @@ def layer_norm_backward(
         for out in sums:
             out.zero_()
         return
-    config = backward_rows(D)
-    programs = min(
-        triton.cdiv(T, config.rows), config.programs * device.device_properties(total.device).multiprocessors
-    )
+    chip = device.device_properties(total.device)
+    config = backward_rows(D, total.dtype, chip.arch)
+    programs = min(triton.cdiv(T, config.rows), config.programs * chip.multiprocessors)
     partials = torch.empty(len(sums), programs, D, device=total.device, dtype=torch.float32)
     rows_per_image = _rows_per_image(T, drop_path)
     inside = d_scale is not None and not config.scale_apart

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from . import device
-from .configs import patch_embed_config, patch_weight_config
+from .configs import patch_embed_config, patch_image_config, patch_weight_config
 from .patchify import assemble_tokens, load_pixels, load_position, patch_grid, patchify, pixel_offsets, unpatchify
 from .reduce import sum_partials
 
@@ -162,13 +162,14 @@ def patch_embed_forward(
     K = weight.numel() // D
     patches, GY, GX = patch_grid(images, P)
     R = L - GY * GX
-    config = patch_embed_config(D, K, weight.dtype, device.device_properties(images.device).arch)
+    precision = device.dot_precision(weight.dtype)
+    config = patch_embed_config(D, K, weight.dtype, precision, device.device_properties(images.device).arch)
     columns = triton.cdiv(D, config.columns)
     grid = ((triton.cdiv(patches, config.rows) + triton.cdiv(B * R, config.rows)) * columns,)
     _forward_kernel[grid](
         images, weight, bias, pos_embed, prefix, scale, shift, tokens, B, GY, GX, *images.stride(), K, P, D, R,
         pos_embed is not None and pos_embed.shape[0] == L and R > 0, config.rows, config.columns, config.depth,
-        device.dot_precision(weight.dtype), num_warps=config.warps, num_stages=config.stages,
+        precision, num_warps=config.warps, num_stages=config.stages,
         maxnreg=config.registers, enable_fp_fusion=True,
     )  # fmt: skip
 
@@ -191,13 +192,14 @@ def patch_embed_weight_gradient(
         d_weight.zero_()
         return
     chip = device.device_properties(images.device)
-    config = patch_weight_config(D, K, images.dtype, product_dtype, chip.arch)
+    precision = device.dot_precision(product_dtype)
+    config = patch_weight_config(D, K, images.dtype == torch.float32, product_dtype, precision, chip.arch)
     tiles = triton.cdiv(D, config.rows) * triton.cdiv(K, config.columns)
     parts = max(1, min(triton.cdiv(patches, config.depth), 2 * chip.multiprocessors // tiles))
     partials = d_weight if parts == 1 else d_weight.new_empty(1, parts, D * K)
     _weight_kernel[(tiles, parts)](
         images, d_tokens, scale, shift, partials, B, GY, GX, *images.stride(), K, P, D, L - GY * GX,
-        config.rows, config.columns, config.depth, device.dot_precision(product_dtype), TRITON_TYPE[product_dtype],
+        config.rows, config.columns, config.depth, precision, TRITON_TYPE[product_dtype],
         num_warps=config.warps, num_stages=config.stages,
         maxnreg=config.registers, enable_fp_fusion=True,
     )  # fmt: skip
@@ -218,11 +220,12 @@ def patch_embed_image_gradient(
         d_images.zero_()
     if patches == 0:
         return
-    config = patch_embed_config(K, D, weight.dtype, device.device_properties(d_images.device).arch)
+    precision = device.dot_precision(weight.dtype)
+    config = patch_image_config(K, D, weight.dtype, precision, device.device_properties(d_images.device).arch)
     grid = (triton.cdiv(patches, config.rows) * triton.cdiv(K, config.columns),)
     _image_kernel[grid](
         d_tokens, weight, scale, d_images, B, GY, GX, *d_images.stride()[:3], K, P, D, L - GY * GX,
-        config.rows, config.columns, config.depth, device.dot_precision(weight.dtype),
+        config.rows, config.columns, config.depth, precision,
         num_warps=config.warps, num_stages=config.stages,
         maxnreg=config.registers, enable_fp_fusion=True,
     )  # fmt: skip

@@ -13,16 +13,20 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 from vitfast.kernels import (
     aot_cases,
     aot_compile,
+    aot_tuned,
     attention_backward,
     attention_bias,
     attention_forward,
     configs,
     device,
+    tile_rows,
+    tune_attention,
 )
 from vitfast.kernels.chips import CHIPS
 
@@ -108,7 +112,7 @@ def test_a_kernel_that_does_not_compile_is_a_problem_and_not_the_end(tmp_path):
     script = (
         "import sys; from unittest import mock; from vitfast.kernels import aot, configs, layer_norm;"
         "big = configs.RowConfig(rows=4096, width=1024, warps=4);"
-        "mock.patch.object(layer_norm, 'row_config', lambda columns: big).start(); sys.exit(aot.main(sys.argv[1:]))"
+        "mock.patch.object(layer_norm, 'row_config', lambda *_: big).start(); sys.exit(aot.main(sys.argv[1:]))"
     )
     out = tmp_path / "aot.json"
     arguments = ["--quick", "--jobs", "1", "--arch", "80", "--only", "layer_norm D=768 fp32", "--out", str(out)]
@@ -129,10 +133,38 @@ class Recorder:
         return lambda *args, **kwargs: None
 
 
+def tuned_rows(arch: int, dtype: str, precision: str) -> list[dict]:
+    """A table in which each measured range of lengths has a row that no rule chooses."""
+    rows, common = [], {"arch": arch, "dtype": dtype, "precision": precision, "head_dim": (49, 64)}
+    for (biased, prepared), lengths in itertools.product(tune_attention.KINDS, tune_attention.LENGTHS):
+        where = common | {"length": lengths, "biased": biased, "prepared": prepared}
+        tile = {"queries": 32, "keys": 16, "chunks": (), "warps": 2, "stages": 5}
+        back = {"own": 32, "step": 64, "chunks": (), "warps": 2, "stages": 5}
+        if lengths == (257, 272):
+            tile, back = tile | {"keys": 0, "chunks": (256, 16, 0)}, back | {"own": 0, "chunks": (256, 16, 0)}
+        rows.append({"kernel": "attention_forward", "where": where, "config": tile, "reason": "a test"})
+        rows.append({"kernel": "attention_backward", "where": where, "config": back, "reason": "a test"})
+    for prepared in (False, True):
+        tile = {"tile": 128, "warps": 16, "programs": 7}
+        where = common | {"prepared": prepared}
+        rows.append({"kernel": "bias_gradient", "where": where, "config": tile, "reason": "a test"})
+    return rows
+
+
 @pytest.mark.parametrize("dtype", aot_cases.ALL)
 @pytest.mark.parametrize("arch", CHIPS)
 def test_the_list_reaches_every_row_of_attention(arch, dtype, monkeypatch):
     """Whatever length, head dim and options: the row they choose is compiled, or one with more keys in each chunk."""
+    assert_the_list_reaches_every_row(arch, dtype, monkeypatch)
+
+
+@pytest.mark.parametrize(("name", "dtype", "precision"), [("bf16", "bfloat16", "ieee"), ("tf32", "float32", "tf32")])
+def test_the_list_reaches_every_tuned_row_of_attention(name, dtype, precision, monkeypatch):
+    with tile_rows.trying(*tuned_rows(90, dtype, precision)):
+        assert_the_list_reaches_every_row(90, name, monkeypatch, head_dims=(48, 64, 72))
+
+
+def assert_the_list_reaches_every_row(arch, dtype, monkeypatch, head_dims=range(8, 257, 8)):
     compiled: dict[str, set] = {"forward": set(), "backward": set(), "bias": set()}
 
     def kinds(flags):  # biased, prepared: in bf16 each row is compiled for all that choose it
@@ -160,14 +192,14 @@ def test_the_list_reaches_every_row_of_attention(arch, dtype, monkeypatch):
     precision = "tf32" if dtype == "tf32" else "ieee"
     monkeypatch.setattr(device, "dot_precision", lambda dtype: precision)
     with mock.patch.object(device, "device_properties", return_value=CHIPS[arch].device):
-        for case in aot_cases.attention_cases():
+        for case in (*map(aot_tuned.by_rules, aot_cases.attention_cases()), *aot_tuned.tuned_cases()):
             if dtype in case.dtypes:
                 case.launch(kind)
 
     def covered(entry, done):
         return any(other[1:] == entry[1:] and aot_cases.stands_for(other[0], entry[0]) for other in done)
 
-    lengths, head_dims, flags = (*range(1, 330), 577, 1025), range(8, 257, 8), (False, True)
+    lengths, flags = (*range(1, 330), 577, 1025), (False, True)
     for L, E, biased, prepared in itertools.product(lengths, head_dims, flags, flags):
         if configs.attention_why_not(E, kind) is None:
             rest = (E, kind, precision, arch)
@@ -180,3 +212,76 @@ def test_the_list_reaches_every_row_of_attention(arch, dtype, monkeypatch):
                 continue
             bias_gradient = (configs.bias_gradient_config(*rest, prepared), *kinds((prepared,)))
             assert bias_gradient in compiled["bias"], (E, prepared, bias_gradient)
+
+
+def test_tuned_rows_of_the_other_kernels_are_compiled(monkeypatch):
+    """On their own architecture, in their own dtype, at widths in use that they hold for."""
+    from vitfast.kernels import layer_norm, patch_embed
+
+    chosen = set()
+
+    def watched(function):
+        def choose(*arguments):
+            config = function(*arguments)
+            chosen.add((function.kernel, config))
+            return config
+
+        return choose
+
+    for module in (layer_norm, patch_embed):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, tile_rows.Tuned):
+                monkeypatch.setattr(module, name, watched(value))
+            elif name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, Recorder())
+    monkeypatch.setattr("vitfast.kernels.reduce._sum_partials_kernel", Recorder())
+    for name in ("_patchify_kernel", "_unpatchify_kernel", "_assemble_kernel"):
+        monkeypatch.setattr(f"vitfast.kernels.patchify.{name}", Recorder())
+    norm = {"arch": 90, "dtype": "float32", "columns": (257, 512)}
+    product = {"arch": 90, "dtype": "bfloat16", "precision": "ieee"}
+    rows_512 = {"rows": 2, "width": 512, "warps": 2, "programs": 3}
+    tile = {"rows": 32, "columns": 32, "depth": 16, "warps": 2, "stages": 1}
+    rows = [
+        {"kernel": "layer_norm", "where": norm, "config": rows_512},
+        {"kernel": "layer_norm_backward", "where": norm, "config": rows_512},
+        {"kernel": "patch_embed", "where": product | {"columns": (513, 1024), "depth": (588, 588)}, "config": tile},
+        {
+            "kernel": "patch_weight",
+            "where": product | {"wide_pixels": True, "rows": (1025, None), "columns": (588, 588)},
+            "config": tile,
+        },
+        {"kernel": "patch_image", "where": product | {"columns": (588, 588), "depth": (1, 512)}, "config": tile},
+    ]
+    with tile_rows.trying(*(row | {"reason": "a test"} for row in rows)):
+        expected = {(row.kernel, row.config) for row in tile_rows.rows()}
+        for arch in (80, 90):
+            with mock.patch.object(device, "device_properties", return_value=CHIPS[arch].device):
+                for case in aot_tuned.tuned_cases():
+                    for dtype in case.dtypes:
+                        case.launch(aot_cases.DTYPES[dtype])
+            assert (expected <= chosen) == (arch == 90)
+
+
+def test_measured_product_tiles_are_compiled(monkeypatch):
+    from vitfast.kernels import mlp
+
+    seen = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: seen.append(kwargs["num_stages"])
+
+    for name in ("_linear_kernel", "_hidden_backward_kernel"):
+        monkeypatch.setattr(mlp, name, Kernel())
+    monkeypatch.setattr("vitfast.kernels.reduce._sum_partials_kernel", Recorder())
+    place = {"arch": 90, "dtype": "bfloat16", "rows": "few", "width": "narrow", "path": "fused", "reason": "a test"}
+    tile = {"rows": 64, "columns": 64, "depth": 32, "warps": 4, "stages": 7}
+    rows = [configs.product_row(place | {"unit": unit, "config": tile}) for unit in configs.UNITS]
+    monkeypatch.setattr(configs, "product_rows", lambda: tuple(rows))
+    for arch, count in ((80, 0), (90, len(rows))):
+        seen.clear()
+        with mock.patch.object(device, "device_properties", return_value=CHIPS[arch].device):
+            for case in aot_tuned.product_cases():
+                assert case.dtypes == ("bf16",)
+                case.launch(torch.bfloat16)
+        assert seen == [7] * count

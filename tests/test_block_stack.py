@@ -182,9 +182,7 @@ def test_packed_weights_follow_the_limit(monkeypatch: pytest.MonkeyPatch) -> Non
     model, x = small().bfloat16(), images(torch.bfloat16)
     with torch.no_grad():
         expected = model(x)
-        weights = [
-            b for block in model.blocks for b in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
-        ]
+        weights = [b for block in model.blocks for b in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)]
         assert weight_cache.size_bytes() >= sum(layer.weight.nbytes for layer in weights)
         weight_cache.limit_bytes(0)
         assert weight_cache.size_bytes() == 0
