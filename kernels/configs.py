@@ -173,8 +173,10 @@ def attention_forward_config(
         # Beside norm and rotation of 64 columns 128 spilled 24, and beside 128 columns 64 spilled 32 (Triton 3.9).
         limit = min(limit, 0 if head_dim > 96 else 64 if prepared and head_dim > 32 else 128)
         chunks = (64, 64, 0) if chunks == (128, 0, 0) else chunks
-    # Heads of 72 and 88 on Blackwell and prepared ones on Ampere are where ptxas, left alone, spilled 8 bytes.
-    registers = ALL_REGISTERS if (arch >= 100 and head_dim > 64) or (arch < 90 and prepared) else None
+    # Heads of 72 and 88 on Blackwell and prepared ones on Ampere are where ptxas, left alone, spilled 8 bytes; beside a bias
+    # it spilled 8 when it was not.
+    unlimited = head_dim > 64 if arch >= 100 else arch < 90 and prepared and not biased
+    registers = ALL_REGISTERS if unlimited else None
     if sum(chunks) <= limit:
         return AttentionConfig(queries=64, keys=0, chunks=chunks, warps=4, registers=registers)
     if arch >= 90:
@@ -429,6 +431,7 @@ class ProductRow:
 
 PATHS = ("library", "fused")
 UNITS = ("linear", "linear_activation", "swiglu", "linear_residual", "hidden_backward")
+PATCH_UNITS = ("patch_embed", "patch_weight", "patch_image")  # of patch_embed.py: the product with the pixels inside it
 CHIPS = (80, 90, 100)
 
 
@@ -452,7 +455,7 @@ def product_row(entry: dict) -> ProductRow:
     row = ProductRow(**(entry | {"config": None if config is None else ProductConfig(**config)}))
     allowed = {
         "arch": (None, *CHIPS),
-        "unit": (None, *UNITS),
+        "unit": (None, *UNITS, *PATCH_UNITS),
         "rows": (None, "few", "many"),
         "width": (None, "narrow", "medium", "wide"),
         "path": PATHS,

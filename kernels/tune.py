@@ -2,7 +2,7 @@
 
     python -m vitfast.kernels.tune [--dtype NAME ...] [--unit NAME ...] [--kernel NAME ...] [--out FOLDER] [--dry]
 
---unit: products of mlp.py (tune_products.py). --kernel: what is tuned in configs.py (tune_tiles.py). With neither, all of
+--unit: products of mlp.py and patch_embed.py (tune_products.py). --kernel: what is tuned in configs.py (tune_tiles.py). With neither, all of
 both. A product's row says which path is faster, with the best tile; a kernel's row is written only where a candidate beats
 the rule by the margin, and removed where none does any more. Rows of other chips, dtypes, units, kernels and shapes stay.
 Interrupted (Ctrl-C), it writes what was measured so far and returns 130; a table is replaced whole or not at all.
@@ -50,6 +50,7 @@ PLACES = {
     "layer_norm": tune_layer_norm.places,
     "layer_norm_backward": tune_layer_norm.places,
 }
+UNITS = (*configs.UNITS, *configs.PATCH_UNITS)
 DTYPES = ("bfloat16", "float16", "float32", "tf32")
 FOUND = ("path", "config", "reason")  # a row's result; the rest says what it stands for
 Measured = Iterable[tuple[dict, dict | None]]
@@ -132,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     """0 when the tables are written, 2 without a GPU, 130 when interrupted."""
     parser = argparse.ArgumentParser(prog="make tune", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES[:2]))
-    parser.add_argument("--unit", nargs="+", choices=configs.UNITS, help="these products")
+    parser.add_argument("--unit", nargs="+", choices=UNITS, help="these products")
     parser.add_argument("--kernel", nargs="+", choices=tuple(PLACES), help="these other kernels")
     parser.add_argument("--out", type=Path, help="folder for the tables, instead of the package's own")
     parser.add_argument("--dry", action="store_true", help="tiny sizes in the interpreter; needs --out")
@@ -147,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     about = f"measured on {machine}, {datetime.date.today()}, torch {torch.__version__}, triton {triton.__version__}"
     setting = Setting(on, device.device_properties(torch.device(on)).arch, about, options.dry)
     everything = options.unit is None and options.kernel is None
-    units = list(configs.UNITS) if everything else options.unit or []
+    units = list(UNITS) if everything else options.unit or []
     kernels = list(PLACES) if everything else options.kernel or []
     plain = [name for name in options.dtype if name != "tf32"]  # the products' table does not know how fp32 is rounded
     places = list(all_places(kernels, options.dtype, setting))

@@ -6,12 +6,23 @@ from functools import partial
 
 import pytest
 import torch
-from op_checks import BACKENDS, Case, check_compiles, check_gradients, check_parity, check_repeatable, randn
+from op_checks import BACKENDS as OWN
+from op_checks import (
+    Case,
+    check_compiles,
+    check_gradients,
+    check_parity,
+    check_repeatable,
+    randn,
+    skip_unless_available,
+)
 
 from vitfast import ops
+from vitfast.ops import dispatch
 from vitfast.ops.patch_embed import patch_embed_ref
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
+BACKENDS = (*OWN, "triton_fused")  # the product that reads the images itself, which the table may not choose
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -162,3 +173,11 @@ def test_convolutions_that_are_no_patches_side_by_side(options: dict[str, object
     conv.__class__ = type("Conv2d", (fast.Conv2d,), {})
     assert torch.equal(conv(images), expected)
     assert fast.why_not_patches(torch.nn.Conv2d(5, 24, kernel_size=4, stride=4)) is None  # any number of channels
+
+
+def test_fused_products_cut_no_patches(monkeypatch: pytest.MonkeyPatch) -> None:
+    skip_unless_available("patch_embed", "triton_fused")
+    functions = dispatch._raw_kernels("triton_fused").functions
+    for name in ("patchify", "unpatchify", "assemble_tokens"):
+        monkeypatch.setattr(functions, name, lambda *_: pytest.fail("patches were cut out"))
+    check_parity(case_of(), "patch_embed", "triton_fused", torch.float32)

@@ -35,10 +35,10 @@ interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter is fo
 
 @interpreted
 def test_dry_run_of_products(tmp_path, capsys):
-    assert tune.main(["--dry", "--dtype", "float16", "--unit", *configs.UNITS, "--out", str(tmp_path)]) == 0
+    assert tune.main(["--dry", "--dtype", "float16", "--unit", *tune.UNITS, "--out", str(tmp_path)]) == 0
     out = tmp_path / "product_table.py"
     rows = runpy.run_path(str(out))["ROWS"]
-    assert len(rows) == len(configs.UNITS) * 6 + len(product_table.ROWS)
+    assert len(rows) == len(configs.UNITS) * 6 + len(configs.PATCH_UNITS) * 4 + len(product_table.ROWS)
     assert all(configs.product_row(row).reason for row in rows)
     assert rows[0]["reason"].startswith("measured on nothing: a dry run")
     assert all(row["config"] for row in rows[:30]), "every tile of the search space gave a wrong result"
@@ -204,7 +204,7 @@ def test_a_row_beats_the_rule_by_the_margin_and_fits_its_heaviest_options(monkey
 
 def test_candidates_differ():
     for arch, dtype in ((80, torch.bfloat16), (90, torch.bfloat16), (100, torch.float16), (90, torch.float32)):
-        found = list(tune_products.candidates(arch, dtype, False))
+        found = list(tune_products.candidates("linear", arch, dtype, False))
         assert len(set(found)) == len(found) > 3
         assert all(not config.descriptors for config in found) == (arch < 90 or dtype == torch.float32)
 

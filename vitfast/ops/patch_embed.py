@@ -15,10 +15,10 @@ from torch.nn import functional as nn_functional
 
 from .arguments import check_shape, fake_gradients, gradients, product_dtype, wanted_only
 from .compose import column_sum
-from .dispatch import TABLE, choose, standard_backends
+from .dispatch import FORCED, TABLE, choose, standard_backends
 from .library import COMPOSITE, register
 
-TABLE["patch_embed"] = standard_backends("cpu", "triton", "cuda", "torch")
+TABLE["patch_embed"] = standard_backends("cpu", "triton", "cuda", "torch", *FORCED)
 
 
 def patch_embed_ref(
@@ -77,12 +77,7 @@ def _forward(
 ) -> Tensor:
     kernels = choose("patch_embed", weight, backend, dtype, out_dtype)
     constants = _pixel_constants(scale, shift, images, dtype, backend)
-    B, _, height, width = images.shape
-    P = weight.shape[-1]
-    patches = kernels.patchify(images, P, *constants, dtype)
-    projected = kernels.linear(patches, weight.flatten(1).to(dtype), None)
-    N = (height // P) * (width // P)
-    return kernels.assemble_tokens(projected, B, N, bias, pos_embed, prefix, out_dtype)
+    return kernels.embed_patches(images, weight.to(dtype), bias, pos_embed, prefix, *constants, out_dtype)
 
 
 def _fake_forward(images: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
@@ -111,10 +106,10 @@ def _backward(
     d_projected = d_tokens[:, R:].reshape(-1, D).to(dtype)
     d_images = d_weight = None
     if wanted[0]:
-        d_patches = kernels.input_grad(d_projected, weight.flatten(1).to(dtype))
-        d_images = kernels.unpatchify(d_patches, P, constants[0], tuple(images.shape), images.dtype)
+        like = tuple(images.shape), images.dtype
+        d_images = kernels.patches_image_grad(d_projected, weight.to(dtype), constants[0], *like, d_tokens)
     if wanted[1]:
-        d_weight = kernels.weight_grad(d_projected, kernels.patchify(images, P, *constants, dtype))
+        d_weight = kernels.patches_weight_grad(d_projected, images, P, *constants, d_tokens)
     d_positions = column_sum(d_tokens) if wanted[3] or wanted[4] else None  # [R + N, D]
     d_pos_embed = d_prefix = None
     if d_positions is not None and pos_embed is not None:

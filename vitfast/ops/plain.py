@@ -18,6 +18,7 @@ from torch.nn.functional import gelu, silu
 
 from .halves import BlockHalves
 from .heads import Heads, transform, transform_backward
+from .patches import PatchProducts
 from .products import LibraryProducts
 from .quantize import dequantize_rows
 
@@ -289,7 +290,7 @@ def int8_linear(
     return y.to(dtype) if residual_TO is None else scale_add(residual_TO, y, scale_O, None)
 
 
-class PlainKernels(LibraryProducts, BlockHalves):
+class PlainKernels(LibraryProducts, BlockHalves, PatchProducts):
     """The functions above and the library's products as one object, as the ops call a backend's primitives."""
 
     def __getattr__(self, name: str) -> Any:

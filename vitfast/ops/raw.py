@@ -15,6 +15,7 @@ from torch import Tensor
 from .arguments import activated_width
 from .halves import BlockHalves
 from .heads import Heads
+from .patches import PatchProducts
 from .products import LibraryProducts
 
 
@@ -22,7 +23,7 @@ def f32(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.float().contiguous()
 
 
-class RawKernels(LibraryProducts, BlockHalves):
+class RawKernels(LibraryProducts, BlockHalves, PatchProducts):
     """Kernels of the C++ extension; the dispatcher picks the CPU or the CUDA one by the tensors' device."""
 
     def __init__(self, functions: Any = None) -> None:

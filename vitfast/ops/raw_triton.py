@@ -97,6 +97,55 @@ class TritonKernels(RawKernels):
         self.functions.hidden_backward(d_out.contiguous(), weight.contiguous(), h, kind, d_h, act, d_bias, config)
         return d_h, act, d_bias
 
+    def embed_patches(
+        self,
+        images: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        pos_embed: Tensor | None,
+        prefix: Tensor | None,
+        scale: Tensor,
+        shift: Tensor,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        added = bias, pos_embed, prefix
+        if not self._reads_images("patch_embed", images, weight.shape[0], weight.shape[-1], weight.dtype):
+            return super().embed_patches(images, weight, *added, scale, shift, dtype)
+        N = (images.shape[2] // weight.shape[-1]) * (images.shape[3] // weight.shape[-1])
+        L = N if prefix is None else prefix.shape[0] + N
+        tokens = images.new_empty(images.shape[0], L, weight.shape[0], dtype=dtype)
+        self.functions.patch_embed_forward(images, weight.contiguous(), *map(f32, added), scale, shift, tokens)
+        return tokens
+
+    def patches_weight_grad(
+        self, d_projected: Tensor, images: Tensor, P: int, scale: Tensor, shift: Tensor, d_tokens: Tensor
+    ) -> Tensor:
+        D, C, dtype = d_projected.shape[1], images.shape[1], d_projected.dtype
+        if not self._reads_images("patch_weight", images, D, P, dtype):
+            return super().patches_weight_grad(d_projected, images, P, scale, shift, d_tokens)
+        d_weight = images.new_empty(D, C, P, P, dtype=torch.float32)
+        self.functions.patch_embed_weight_gradient(images, d_tokens.contiguous(), scale, shift, dtype, d_weight)
+        return d_weight.flatten(1)
+
+    def patches_image_grad(
+        self,
+        d_projected: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        d_tokens: Tensor,
+    ) -> Tensor:
+        d_images = d_tokens.new_empty(shape, dtype=dtype)
+        if not self._reads_images("patch_image", d_images, weight.shape[0], weight.shape[-1], weight.dtype):
+            return super().patches_image_grad(d_projected, weight, scale, shape, dtype, d_tokens)
+        self.functions.patch_embed_image_gradient(d_tokens.contiguous(), weight.contiguous(), scale, d_images)
+        return d_images
+
+    def _reads_images(self, unit: str, images: Tensor, D: int, P: int, dtype: torch.dtype) -> bool:
+        """Whether the product itself reads (or writes) the pixels; else patches are cut out for cuBLAS."""
+        return (self.path or self.functions.patch_choice(unit, images, D, P, dtype).path) == "fused"
+
     def _lengths(self, qkv: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> tuple[Any, ...]:
         if cu_seqlens is None:
             return None, qkv.shape[1], qkv.shape[1]
