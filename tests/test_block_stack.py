@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from op_checks import skip_unless_available
 from torch import Tensor, nn
 
 import vitfast
 from vitfast.layers.stack import BlockStack
 from vitfast.ops import weight_cache
+from vitfast.ops.raw_cpu import CpuKernels
 
 pytest.importorskip("vitfast._C", reason="the extension is not built: python setup.py build_ext --inplace")
 
@@ -176,10 +178,12 @@ def test_copies_and_files_leave_the_plan_behind() -> None:
     assert all("stack" not in key for key in model.state_dict())
 
 
-def test_packed_weights_follow_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    if torch.ops.vitfast_C.cpu_capability() != "amx":
-        pytest.skip("weights are kept packed for AMX alone")
-    model, x = small().bfloat16(), images(torch.bfloat16)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_weights_follow_the_limit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    skip_unless_available("norm_attention", "cpu", dtype)
+    if dtype not in CpuKernels().own_dtypes:
+        pytest.skip(f"products in {dtype} are oneDNN's on this CPU, which packs on its own")
+    model, x = small().to(dtype), images(dtype)
     with torch.no_grad():
         expected = model(x)
         weights = [b for block in model.blocks for b in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)]

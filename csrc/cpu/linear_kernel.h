@@ -174,7 +174,7 @@ template <class X, class Y>
 void pack_and_multiply(const Product<X, Y>& a, const RightOperand<Y>& right, int64_t begin, int64_t end, int64_t index,
                        int64_t next, const Workspace& w) {
     if constexpr (std::is_same_v<Y, float>) {
-        if (end - begin <= kFewRows && !right.transposed && !right.packed) {
+        if (end - begin <= kFewRows && !right.transposed) {
             const int64_t first = index * kPanelColumns, count = std::min(kPanelColumns, a.outputs - first);
             multiply_few_rows(end - begin, a.x + begin * a.inputs, right.x + first * right.row_stride, right.row_stride,
                               a.inputs, count, w.sums);

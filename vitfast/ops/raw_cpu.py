@@ -23,8 +23,6 @@ class CpuKernels(RawKernels):
         # Without tiles of our own (an old compiler) oneDNN's are faster.
         if capability == "amx" or (capability == "avx512_bf16" and not torch.cpu._is_amx_tile_supported()):
             self.own_dtypes.add(torch.bfloat16)
-        # Where packing a weight would take longer than memory is worth.
-        self.packed_dtypes = {torch.bfloat16} if capability == "amx" else set()
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if x.dtype not in self.own_dtypes:
@@ -160,14 +158,14 @@ class CpuKernels(RawKernels):
         return d_weight
 
     def _constant(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """A weight that inference uses again and again, and its panels where they are worth the memory: its size again."""
+        """A weight that inference uses again and again, and its panels, which take its size again."""
         weight = weight.contiguous()
         panels = self.panels(weight)
         return weight, None if panels is None else panels.value
 
     def panels(self, weight: Tensor) -> Kept | None:
-        """A contiguous weight packed for products, as kept from an earlier call or from now on; None: not worth it, or not kept."""
-        if weight.dtype not in self.packed_dtypes:
+        """A contiguous weight packed for our products, as kept from an earlier call or from now on; None: not ours, or not kept."""
+        if weight.dtype not in self.own_dtypes:
             return None
         return kept(weight, "panels", self._pack, weight.numel() * weight.element_size())
 
