@@ -14,7 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from . import schema
+from .machine import name_of
 from .schema import Row
 
 SMALLEST_LOSS = 0.05  # a ratio that fell by less is no regression, however quiet the machine
@@ -57,6 +60,28 @@ def check(now: dict[str, Any], baseline: dict[str, Any]) -> list[Change]:
     if not changes:
         raise ValueError("the baseline and this run have no row with a ratio in common")
     return changes
+
+
+def baseline(path: Path, name: str, device: str) -> tuple[dict[str, Any], str]:
+    """The result to compare with, and where it is of another machine a line that says so.
+
+    path: a result file, or a folder with one folder for each machine: then the file ``name`` of this machine's, else the
+    newest of any. Raises FileNotFoundError where there is none.
+    """
+    if not path.is_dir():
+        return schema.read(path), ""
+    found = {file: schema.read(file) for file in sorted(path.glob(f"*/{name}"))}
+    if not found:
+        raise FileNotFoundError(f"--check {path}: no folder in it has a {name}")
+    here = (device, name_of(device), torch.get_num_threads())
+    ours = {file: content for file, content in found.items() if _place(content) == here}
+    file, content = max((ours or found).items(), key=lambda pair: str(pair[1]["date"]))
+    return content, "" if ours else f"no {name} of this machine in {path}; compared with {file}"
+
+
+def _place(content: dict[str, Any]) -> tuple[str, str, int]:
+    machine = content["machine"]
+    return machine["kind"], machine["name"], machine["threads"]
 
 
 @contextlib.contextmanager

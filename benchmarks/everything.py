@@ -18,7 +18,7 @@ import torch
 
 from . import schema
 from .harness import TORCH_DTYPE, Settings
-from .machine import load, measure, origin, same_code
+from .machine import load, measure, name_of, origin, same_code
 from .options import SUITES as NAMES
 from .options import file_name
 from .pace import Pace
@@ -138,11 +138,8 @@ class Everything:
 
 def _not_ours(content: dict[str, Any], device: str, now: dict[str, Any], preset: str) -> str:
     """Why an earlier result file cannot be continued; "" if it can."""
-    from vitfast.cli.info import cpu_model
-
     machine = content["machine"]
-    name = torch.cuda.get_device_name(0) if device == "cuda" else cpu_model()
-    if (machine["kind"], machine["name"]) != (device, name):
+    if (machine["kind"], machine["name"]) != (device, name_of(device)):
         return f"it comes from another machine ({machine['name']})"
     if machine["threads"] != torch.get_num_threads():
         return f"it was measured with {machine['threads']} threads"

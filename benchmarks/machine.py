@@ -153,8 +153,14 @@ def _cpu_caches_mib() -> list[float]:
     return sizes
 
 
-def _cpu() -> dict[str, Any]:
+def name_of(device: str) -> str:
+    """What the result files call the CPU or the GPU of this machine."""
     from vitfast.cli.info import cpu_model
+
+    return torch.cuda.get_device_name(0) if device == "cuda" else cpu_model()
+
+
+def _cpu() -> dict[str, Any]:
 
     mhz = None
     try:
@@ -162,7 +168,7 @@ def _cpu() -> dict[str, Any]:
             mhz = next((float(line.split(":")[1]) for line in file if line.startswith("cpu MHz")), None)
     except OSError:
         pass
-    return {"name": cpu_model(), "clocks": {"cpu_mhz": mhz}, "driver": None, "load": _cpu_load()}
+    return {"name": name_of("cpu"), "clocks": {"cpu_mhz": mhz}, "driver": None, "load": _cpu_load()}
 
 
 def _cpu_load() -> float | None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from bench_checks import MACHINE, content, doubling, row
 
-from vitfast.benchmarks import compare, harness
+from vitfast.benchmarks import compare, harness, schema
 from vitfast.benchmarks.harness import Provider, Settings, Work
+from vitfast.benchmarks.machine import name_of
 from vitfast.benchmarks.schema import Row
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -82,3 +84,19 @@ def test_two_real_runs_agree_and_a_slower_one_shows() -> None:
         if twins_agree and slower.ratio_high < 0.85:
             return
     pytest.fail(f"{one.ratio_low}–{one.ratio_high}, {other.ratio_low}–{other.ratio_high}, {slower.ratio_high}")
+
+
+def test_a_folder_of_machines_gives_this_machines_baseline(tmp_path: Path) -> None:
+    here = {"kind": "cpu", "name": name_of("cpu"), "threads": torch.get_num_threads()}
+    for folder, machine, date in (("a", {"name": "another"}, "2030-01-01"), ("b", here, "2020-01-01")):
+        (tmp_path / folder).mkdir()
+        result = content(row())
+        schema.write(tmp_path / folder / "smoke.json", result | {"machine": result["machine"] | machine, "date": date})
+    found, note = compare.baseline(tmp_path, "smoke.json", "cpu")
+    assert (found["machine"]["name"], note) == (here["name"], "")
+    (tmp_path / "b" / "smoke.json").unlink()
+    found, note = compare.baseline(tmp_path, "smoke.json", "cpu")
+    assert found["machine"]["name"] == "another"
+    assert "no smoke.json of this machine" in note
+    with pytest.raises(FileNotFoundError, match=r"no folder in it has a mlp\.json"):
+        compare.baseline(tmp_path, "mlp.json", "cpu")

@@ -30,7 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_run_options(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="write results (JSON, CSV), a report and plots there")
     parser.add_argument(
-        "--check", type=Path, metavar="FILE", help="compare with saved results; exit 1 where a ratio fell beyond noise"
+        "--check",
+        type=Path,
+        metavar="PATH",
+        help="compare with a saved result file, or this machine's in a folder of several machines' results; exit 1 where a "
+        "ratio fell beyond noise",
     )
     parser.add_argument("--against", metavar="REV", help="also build another commit and compare our times with its")
     parser.add_argument(
@@ -49,13 +53,12 @@ def run(args: argparse.Namespace) -> int:
         args.out.mkdir(parents=True, exist_ok=True)  # an error comes before minutes of measuring
     if args.what == "all":
         return _all(args)
-    from vitfast.benchmarks import schema
-
-    baseline = schema.read(args.check) if args.check else None  # likewise
     names = (args.what,) if args.what else options.SUITES
+    file = options.file_name(args.what, options.preset_of(names, args))
+    baseline = _baseline(args, file)  # likewise
     if args.against:
         return _against(args, names)
-    path = None if args.out is None else args.out / options.file_name(args.what, options.preset_of(names, args))
+    path = None if args.out is None else args.out / file
     from vitfast.benchmarks.suites import Stopped
 
     stopped = None
@@ -163,6 +166,17 @@ def _report(args: argparse.Namespace) -> int:
         written.append(document)
     print("\n".join(map(str, written)))
     return 0
+
+
+def _baseline(args: argparse.Namespace, file: str) -> dict[str, Any] | None:
+    if args.check is None:
+        return None
+    from vitfast.benchmarks import compare
+
+    content, note = compare.baseline(args.check, file, options.device_of(args))
+    if note:
+        print(f"vitfast: {note}", file=sys.stderr)
+    return content
 
 
 def _check(content: dict[str, Any], baseline: dict[str, Any]) -> int:
