@@ -105,6 +105,20 @@ int64_t query_block(int64_t length, bool tiles) {
     return std::clamp(kLogits / std::max<int64_t>(length, 1) / least * least, least, most);
 }
 
+// Few heads: the queries of each are split as well, at the price of packing K and V once per part, which takes as long
+// as some 12 queries.
+int64_t parts_of_a_head(int64_t items, int64_t threads, int64_t length, int64_t block) {
+    constexpr int64_t kEnoughItems = 4, kPacking = 12;  // items: per thread
+    const int64_t most = items >= kEnoughItems * threads ? 1 : (length + block - 1) / block;
+    int64_t best = 1, least = std::numeric_limits<int64_t>::max();
+    for (int64_t parts = 1; parts <= most; ++parts) {
+        const int64_t time = (items * parts + threads - 1) / threads * (length / parts + kPacking);
+        if (time < least) best = parts;
+        least = std::min(time, least);
+    }
+    return best;
+}
+
 template <class Y>
 void run_forward(const AttentionForward<Y>& args, const AttentionShape& shape) {
     const bool tiles = std::is_same_v<Y, bf16> && cpu_capability() == Capability::kAmx;
@@ -113,9 +127,8 @@ void run_forward(const AttentionForward<Y>& args, const AttentionShape& shape) {
     const int64_t columns = (shape.longest + 15) / 16 * 16, width = (shape.head_dim + 15) / 16 * 16;
     const int64_t words =
         (2 * columns + 2 * block) * width + 2 * block * columns + block + (shape.longest + block) * shape.head_dim;
-    // Few heads: the queries of each are split as well, at the price of packing K and V once per part.
     const int64_t items = shape.items.size();
-    const int64_t parts = items >= 4 * threads || items == 0 ? 1 : (4 * threads + items - 1) / items;
+    const int64_t parts = parts_of_a_head(items, threads, shape.longest, block);
     const int64_t workers = std::min(threads, items * parts);
     Shares shares(items * parts, workers);
     torch::stable::parallel_for(0, workers, 1, [&](int64_t thread, int64_t) {
