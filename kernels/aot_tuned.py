@@ -68,10 +68,15 @@ def patch_cases(row: TileRow, dtypes: tuple[str, ...]) -> Iterator[Case]:
 
 
 def norm_cases(row: TileRow, dtypes: tuple[str, ...]) -> Iterator[Case]:
-    wide = row.where["dtype"] == "float32"  # the stream; branches may be narrower
+    streams: dict[torch.dtype | None, tuple[str, ...]] = {None: dtypes}  # and the dtypes of what is normalised
+    if row.kernel == "layer_norm_backward":
+        streams[torch.float32] = dtypes
+    elif row.where["dtype"] == "float32":
+        streams[torch.float32] = NO_PRODUCT
     for D in between(row.where["columns"], USUAL_WIDTHS):
-        launch = on_arch(row.where["arch"], norm_case(D, torch.float32 if wide else None))
-        yield Case(f"tuned layer_norm D={D}", launch, NO_PRODUCT if wide else dtypes, {"T": BATCH * 197, "D": D})
+        for stream, kinds in streams.items():
+            launch = on_arch(row.where["arch"], norm_case(D, stream))
+            yield Case(f"tuned layer_norm D={D}", launch, kinds, {"T": BATCH * 197, "D": D})
 
 
 def product_cases() -> Iterator[Case]:

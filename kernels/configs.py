@@ -58,15 +58,17 @@ def backward_rows(columns: int, dtype: torch.dtype, arch: int) -> RowConfig:
     """LayerNorm backward: three column sums live in registers too, so 8 elements per thread; 16 only at the widest.
 
     At about 96 registers per thread 20 warps are resident on a multiprocessor; more programs than that would wait for a
-    second turn.
+    second turn. dtype: of the normalised output.
     """
     width = next_power_of_two(columns)
     if width <= 1024:
         return RowConfig(rows=min(1024 // width, 8), width=width, warps=4, programs=5)
     if width > 4096:
-        # 32 columns per thread take nearly all 255 registers of eight warps, so a third sum would spill. 16 warps have half
-        # the registers for half the columns, and what does not grow with columns made it 8 bytes too few; 32 spilled more.
-        return RowConfig(rows=1, width=width, warps=8, programs=1, scale_apart=True)
+        # All registers of a multiprocessor hold one row and two sums, so a third would spill. Beside an fp32 stream 16 warps
+        # lack 8 bytes (Triton 3.6): eight have as many registers for each column, and what does not grow with columns once
+        # instead of twice. With fp32 throughout it is eight that lack 8 bytes (Triton 3.9).
+        warps = 16 if dtype == torch.float32 else 8
+        return RowConfig(rows=1, width=width, warps=warps, programs=1, scale_apart=True)
     warps = min(width // 256, 16)
     return RowConfig(rows=1, width=width, warps=warps, programs=20 // warps)
 

@@ -259,7 +259,7 @@ def layer_norm_backward(
             out.zero_()
         return
     chip = device.device_properties(total.device)
-    config = backward_rows(D, total.dtype, chip.arch)
+    config = backward_rows(D, d_normed.dtype, chip.arch)
     programs = min(triton.cdiv(T, config.rows), config.programs * chip.multiprocessors)
     partials = torch.empty(len(sums), programs, D, device=total.device, dtype=torch.float32)
     rows_per_image = _rows_per_image(T, drop_path)

@@ -74,18 +74,28 @@ def space(rule: RowConfig, backward: bool) -> Iterator[RowConfig]:
 
 
 def places(kernel: str, dtype: torch.dtype, _precision: str, setting: Setting) -> Iterator[Place]:
-    """Of layer_norm or layer_norm_backward; dtype: of the stream, whose branch under autocast is bf16."""
+    """Of layer_norm, dtype that of the stream, or of layer_norm_backward, dtype that of the normalised output. Under autocast
+    the stream is fp32 and all else bf16."""
     backward = kernel == "layer_norm_backward"
     run = backward_run if backward else forward_run
-    branches = (torch.float32, torch.bfloat16) if dtype == torch.float32 else (dtype,)
+    kinds = {(dtype, dtype)}  # of branch and stream
+    if backward:
+        kinds.add((dtype, torch.float32))
+    elif dtype == torch.float32:
+        kinds.add((torch.bfloat16, dtype))
     for widths in DRY_WIDTHS if setting.dry else WIDTHS:
         most = next_power_of_two(widths[0])
         rule = KERNELS[kernel].rule(widths[0], dtype, setting.arch)
         where = {"arch": setting.arch, "dtype": str(dtype).removeprefix("torch."), "columns": (most // 2 + 1, most)}
         timed = {
-            f"width {D}, {str(b).removeprefix('torch.')} branch": (D, b, dtype, setting)
+            f"width {D}, {str(b).removeprefix('torch.')} branch, {str(s).removeprefix('torch.')} stream": (
+                D,
+                b,
+                s,
+                setting,
+            )
             for D in widths
-            for b in branches
+            for b, s in sorted(kinds, key=str)
         }
         yield Place(
             kernel, where, {name: partial(run, *shape) for name, shape in timed.items()},
