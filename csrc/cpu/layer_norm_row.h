@@ -31,8 +31,8 @@ VITFAST_INLINE void row_statistics(const X* row, int64_t width, float eps, float
     *rstd = 1.0f / std::sqrt(total / static_cast<float>(width) + eps);
 }
 
-// The one place that normalises, so that layer_norm_apply repeats layer_norm_forward bit for bit. The next row's numbers
-// are fetched meanwhile: what comes first for it, a sum, has nothing else to do while it waits for them.
+// The one place that normalises, so that layer_norm_apply repeats layer_norm_forward bit for bit. The next row's
+// numbers are fetched meanwhile: what comes first for it, a sum, has nothing else to do while it waits for them.
 template <class X, class Y>
 VITFAST_INLINE void normalise_row(const X* row, float mean, float rstd, const float* weight, const float* bias, Y* out,
                                   int64_t width) {
