@@ -198,10 +198,11 @@ def test_resume_keeps_settings_and_refuses_others(tmp_path):
 
 
 def test_sigterm_also_saves(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted, match="SIGTERM") as caught:
         train(tmp_path / "run", on_step=stop_at(2, signal.SIGTERM))
     assert caught.value.exit_code == 143
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
