@@ -21,20 +21,24 @@ void layer_norm_forward_rows(const LayerNormForward<X, Y>& a, int64_t begin, int
             X* total = a.total + t * a.width;
             for (int64_t d = 0; d < a.width; d += kLanes) {
                 const int64_t n = a.width - d;
+                __builtin_prefetch(row + a.width + d);
+                __builtin_prefetch(a.branch + (t + 1) * a.width + d);
                 store(total + d, scale_add(row, a.branch + t * a.width, a.scale, drop_path, d, n), n);
             }
             row = total;  // the statistics are those of the total as stored, rounded to X
         }
         if (!a.normed) continue;
         row_statistics(row, a.width, a.eps, a.mean + t, a.rstd + t);
-        normalise_row(row, a.mean[t], a.rstd[t], a.weight, a.bias, a.normed + t * a.width, a.width);
+        const X* const next = a.branch ? nullptr : row + a.width;
+        normalise_row(row, a.mean[t], a.rstd[t], a.weight, a.bias, a.normed + t * a.width, a.width, next);
     }
 }
 
 template <class X, class Y>
 void layer_norm_apply_rows(const LayerNormApply<X, Y>& a, int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
-        normalise_row(a.total + t * a.width, a.mean[t], a.rstd[t], a.weight, a.bias, a.normed + t * a.width, a.width);
+        const X* const row = a.total + t * a.width;
+        normalise_row(row, a.mean[t], a.rstd[t], a.weight, a.bias, a.normed + t * a.width, a.width, row + a.width);
     }
 }
 

@@ -31,14 +31,14 @@ VITFAST_INLINE void row_statistics(const X* row, int64_t width, float eps, float
     *rstd = 1.0f / std::sqrt(total / static_cast<float>(width) + eps);
 }
 
-// The one place that normalises, so that layer_norm_apply repeats layer_norm_forward bit for bit. The next row's
-// numbers are fetched meanwhile: what comes first for it, a sum, has nothing else to do while it waits for them.
+// The one place that normalises, so that layer_norm_apply repeats layer_norm_forward bit for bit. `next`: what the next
+// row reads first, fetched meanwhile (a sum has nothing else to do while it waits), or null.
 template <class X, class Y>
 VITFAST_INLINE void normalise_row(const X* row, float mean, float rstd, const float* weight, const float* bias, Y* out,
-                                  int64_t width) {
+                                  int64_t width, const X* next = nullptr) {
     for (int64_t d = 0; d < width; d += kLanes) {
         const int64_t n = width - d;
-        __builtin_prefetch(row + width + d);
+        if (next) __builtin_prefetch(next + d);
         __builtin_prefetch(out + width + d, 1);
         const Vec normal = (load(row + d, n) - mean) * rstd;
         store(out + d, fma(normal, load(weight + d, n), load(bias + d, n)), n);
