@@ -201,3 +201,14 @@ def test_wrong_number_of_parameters() -> None:
         torch.ops.vitfast_C.blocks_forward(
             x, [x, x], 1, 1.0, 1e-6, "gelu", torch.tensor([0, 3], dtype=torch.int32), 3, False, torch.empty_like(x)
         )
+
+
+def test_first_token_needs_images_of_one_length() -> None:
+    x, nothing = torch.zeros(5, 8), torch.zeros(0)
+    starts = torch.tensor([0, 3, 5], dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="x has 5 rows, cu_seqlens 2 images, max_seqlen is 3"):
+        torch.ops.vitfast_C.blocks_forward(x, [nothing] * 18, 1, 1.0, 1e-6, "gelu", starts, 3, True, torch.empty(2, 8))
+    with pytest.raises(RuntimeError, match="qkv_weight has shape"):
+        torch.ops.vitfast_C.blocks_forward(
+            x[:4], [nothing] * 18, 1, 1.0, 1e-6, "gelu", starts.clamp(max=4)[[0, 0, 2]], 2, True, torch.empty(2, 8)
+        )

@@ -65,6 +65,14 @@ void norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps,
                        as_float("norm_bias", bias, wide_bias), eps, {}, *normed, *mean, *rstd);
 }
 
+int64_t head_dim_of(const Tensor& qkv_weight, int64_t heads) {
+    const int64_t outputs = qkv_weight.dim() == 2 ? qkv_weight.size(0) : 0;
+    if (heads < 1 || outputs == 0 || outputs % (3 * heads) != 0) {
+        fail("qkv_weight has shape ", show_shape(qkv_weight), "; needed: a multiple of 3 * ", heads, " (heads) rows");
+    }
+    return outputs / (3 * heads);
+}
+
 // out[T, D] = x + proj_scale * (attention(norm(x) qkv_weight^T + qkv_bias) proj_weight^T + proj_bias)
 void norm_attention_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, double eps, Tensor qkv_weight,
                             OptionalTensor qkv_packed, OptionalTensor qkv_bias, int64_t heads, double scale,
@@ -72,11 +80,7 @@ void norm_attention_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, doub
                             OptionalTensor proj_bias, OptionalTensor proj_scale, Tensor out) {
     check("x", x, Device::kCpu, {kFloat, kBFloat16}, {-1, -1});
     const auto dtype = qkv_weight.scalar_type();
-    const int64_t rows = x.size(0), outputs = qkv_weight.dim() == 2 ? qkv_weight.size(0) : 0;
-    if (heads < 1 || outputs == 0 || outputs % (3 * heads) != 0) {
-        fail("qkv_weight has shape ", show_shape(qkv_weight), "; needed: a multiple of 3 * ", heads, " (heads) rows");
-    }
-    const int64_t head_dim = outputs / (3 * heads);
+    const int64_t rows = x.size(0), head_dim = head_dim_of(qkv_weight, heads), outputs = 3 * heads * head_dim;
     const Temporary qkv({rows, 3, heads, head_dim}, dtype), attended({rows, heads, head_dim}, dtype);
     const Temporary normed({rows, x.size(1)}, dtype), lse({heads, rows}, kFloat);
     norm(x, norm_weight, norm_bias, eps, normed);
@@ -152,7 +156,8 @@ void first_token_forward(const Tensor& x, const BlockParameters& p, int64_t head
                          const std::string& activation, int64_t length, const Tensor& out) {
     const Tensor& weight = p.get(2);
     const auto dtype = weight.scalar_type();
-    const int64_t rows = x.size(0), width = x.size(1), images = out.size(0), C = weight.size(0) / 3;
+    const int64_t head_dim = head_dim_of(weight, heads), C = heads * head_dim;
+    const int64_t rows = x.size(0), width = x.size(1), images = out.size(0);
     const Temporary normed({rows, width}, dtype), first_normed({images, width}, dtype);
     const Temporary first({images, width}, x.scalar_type()), middle({images, width}, x.scalar_type());
     const Temporary q({images, C}, dtype), kv({rows, 2 * C}, dtype), attended({images, C}, dtype);
@@ -165,7 +170,7 @@ void first_token_forward(const Tensor& x, const BlockParameters& p, int64_t head
     const auto attend = [&](auto type) {
         using Y = decltype(type);
         first_token_attention(FirstToken<Y>{data<Y>(*q), data<Y>(*kv), mutable_data<Y>(*attended),
-                                            static_cast<float>(scale), images, length, heads, C / heads});
+                                            static_cast<float>(scale), images, length, heads, head_dim});
     };
     dtype == kFloat ? attend(float{}) : attend(bf16{});
     linear(*attended, p.get(5), false, p.maybe(6), p.maybe(7), "none", *first, p.maybe(8), {}, {}, *middle);
@@ -185,8 +190,9 @@ void blocks_forward(Tensor x, std::vector<Tensor> parameters, int64_t heads, dou
     if (parameters.empty() || parameters.size() % BlockParameters::kCount != 0) {
         fail("parameters has ", parameters.size(), " tensors; needed: ", BlockParameters::kCount, " for each block");
     }
-    if (first_token && images * max_seqlen != rows) {
-        fail("first_token needs images of ", max_seqlen, " rows; x has ", rows, " for ", images);
+    if (first_token && (max_seqlen < 1 || images * max_seqlen != rows)) {
+        fail("first_token needs images of max_seqlen rows, at least one; x has ", rows, " rows, cu_seqlens ", images,
+             " images, max_seqlen is ", max_seqlen);
     }
     const size_t blocks = parameters.size() / BlockParameters::kCount, whole = blocks - first_token;
     const Temporary middle({rows, width}, x.scalar_type()), stream({first_token ? rows : 0, width}, x.scalar_type());
