@@ -87,3 +87,17 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     """The transformer blocks of a timm, torchvision or transformers model."""
     kinds = ("Block", "EvaBlock", "EncoderBlock")
     return [m for m in model.modules() if type(m).__name__ in kinds or type(m).__name__.endswith("Layer")]
+
+
+def check_dropout_in_training(original: nn.Module, inputs: dict[str, Tensor]) -> nn.Module:
+    """A step in training draws and gives what the original's does, without our attention, which eval mode has again; returns
+    the accelerated model."""
+    model = vitfast.accelerate(copy.deepcopy(original))
+    assert_same_step(step(model.train(), inputs), step(original.train(), inputs))
+    with Calls() as calls:
+        run(model, inputs)
+    assert calls["attention"] == 0
+    with Calls() as calls:
+        run(model.eval(), inputs)
+    assert calls["attention"] == 2
+    return model

@@ -15,6 +15,7 @@ from vitfast.ops.dispatch import TABLE
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("torch", "cpu", "triton", "cuda", "composite")
+PRODUCT_BACKENDS = (*BACKENDS, "triton_fused")  # Triton's own products too, which the table may not choose
 # Tokens of ViTs at common sizes and their neighbours, and the neighbours of tiles of 16, 64 and 128.
 LENGTHS = (
     1,

@@ -9,7 +9,18 @@ import pytest
 import timm
 import torch
 import torchvision
-from accelerate_checks import DINOV3, HF, VIT, Calls, assert_same_step, error, pair, run, step
+from accelerate_checks import (
+    DINOV3,
+    HF,
+    VIT,
+    Calls,
+    assert_same_step,
+    check_dropout_in_training,
+    error,
+    pair,
+    run,
+    step,
+)
 from torch import nn
 
 import vitfast
@@ -55,15 +66,7 @@ def test_dropout_in_training_is_the_originals(library: str, drop: str) -> None:
     with torch.no_grad():
         for p in original.parameters():
             p.add_(torch.randn_like(p) * 0.05)
-    model = vitfast.accelerate(copy.deepcopy(original))
-    inputs = {"x": torch.randn(4, 3, 64, 64)}
-    assert_same_step(step(model.train(), inputs), step(original.train(), inputs))
-    with Calls() as calls:
-        run(model, inputs)
-    assert calls["attention"] == 0
-    with Calls() as calls:
-        run(model.eval(), inputs)
-    assert calls["attention"] == 2
+    model = check_dropout_in_training(original, {"x": torch.randn(4, 3, 64, 64)})
     reasons = [row.reason for row in vitfast.report(model).rows if "attention" in row.fused]
     assert len(reasons) == 2
     assert all("p=0.3 in training" in reason for reason in reasons)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate_checks import HF, HF_DINOV3, Calls, assert_same_step, error, pair, run, step
+from accelerate_checks import HF, HF_DINOV3, Calls, assert_same_step, check_dropout_in_training, error, pair, run, step
 from torch import nn
 
 import vitfast
@@ -122,15 +122,7 @@ def test_dropout_in_training_is_the_originals(rate: str) -> None:
     )
     original = transformers.ViTModel(config, add_pooling_layer=False)
     shake(original)
-    model = vitfast.accelerate(copy.deepcopy(original))
-    inputs = {"pixel_values": torch.randn(2, 3, 64, 64)}
-    assert_same_step(step(model.train(), inputs), step(original.train(), inputs))
-    with Calls() as calls:
-        run(model, inputs)
-    assert calls["attention"] == 0
-    with Calls() as calls:
-        run(model.eval(), inputs)
-    assert calls["attention"] == 2
+    check_dropout_in_training(original, {"pixel_values": torch.randn(2, 3, 64, 64)})
 
 
 def test_gradient_checkpointing_of_transformers() -> None:

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from op_checks import BACKENDS as OWN
+from op_checks import PRODUCT_BACKENDS as BACKENDS
 from op_checks import (
     Case,
     check_compiles,
@@ -22,7 +22,6 @@ from vitfast.ops import dispatch
 from vitfast.ops.patch_embed import patch_embed_ref
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-BACKENDS = (*OWN, "triton_fused")  # the product that reads the images itself, which the table may not choose
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -8,6 +8,7 @@ from model_checks import batch, run, shake, small
 from op_checks import DEVICE, skip_unless_available
 
 import vitfast
+from vitfast.benchmarks.stopwatch import kept_mib
 from vitfast.models.config import RECOMPUTES
 
 NAMES = ("deit3_small_patch16_224", "vit_base_patch16_dinov3")  # LayerScale and DropPath; rotation and registers
@@ -40,26 +41,21 @@ def test_changes_no_bit(backend, name, dtype):
             assert torch.equal(value, wanted[key]), f"{recompute}: {key}"
 
 
-def bytes_kept(model: torch.nn.Module, images: torch.Tensor) -> int:
-    """Bytes of activations that autograd keeps between forward and backward, parameters left out."""
-    parameters = {p.data_ptr() for p in model.parameters()}
-    kept = {}
+def mib_kept(model: torch.nn.Module, images: torch.Tensor) -> float:
+    """MiB of activations that autograd keeps between forward and backward, parameters left out."""
 
-    def pack(x: torch.Tensor) -> torch.Tensor:
-        if x.data_ptr() not in parameters:
-            kept[x.untyped_storage().data_ptr()] = x  # held, so that no address is used twice
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+    def forward() -> torch.Tensor:
         logits = model(images)
-    assert logits.requires_grad
-    return sum(x.untyped_storage().nbytes() for x in kept.values())
+        assert logits.requires_grad
+        return logits
+
+    return kept_mib(forward, list(model.parameters()))
 
 
 def test_keeps_less():
-    def kept(recompute: str) -> int:
+    def kept(recompute: str) -> float:
         model = vitfast.create_model("vit_tiny_patch16_224", recompute=recompute, **small("vit_tiny_patch16_224"))
-        return bytes_kept(model, batch(model, size=4)[0])
+        return mib_kept(model, batch(model, size=4)[0])
 
     none, fused, mlp, block = (kept(policy) for policy in ("none", "fused", "mlp", "block"))
     assert block < mlp < fused < none
@@ -74,7 +70,7 @@ def test_vit_b_keeps_no_more_than_promised(backend, policy):
     def mib(depth: int) -> float:
         model = vitfast.create_model("vit_base_patch16_224", recompute=policy, backend=backend, depth=depth).bfloat16()
         images = torch.randn(8, 3, 224, 224).bfloat16()
-        return bytes_kept(model, images) / len(images) / 2**20
+        return mib_kept(model, images) / len(images)
 
     one, two = mib(1), mib(2)
     assert two > one

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from op_checks import BACKENDS, Case, check_compiles, check_gradients, check_parity, check_repeatable, randn
+from op_checks import PRODUCT_BACKENDS, Case, check_compiles, check_gradients, check_parity, check_repeatable, randn
 from torch import Tensor
 from torch.nn import functional
 
@@ -19,7 +19,6 @@ from vitfast.ops.norm_mlp import norm_mlp_ref
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-PRODUCT_BACKENDS = (*BACKENDS, "triton_fused")  # Triton's own products too, which the table may not choose
 SHAPES = [(2, 5, 24), (1, 1, 8), (3, 17, 40), (0, 4, 16)]
 
 
