@@ -161,7 +161,6 @@ def name_of(device: str) -> str:
 
 
 def _cpu() -> dict[str, Any]:
-
     mhz = None
     try:
         with open("/proc/cpuinfo") as file:

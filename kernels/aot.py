@@ -5,8 +5,8 @@
 
 The launchers run on meta tensors with the launch itself replaced by compilation, so what is compiled is what would run; what is
 covered, and why that is enough, say aot_cases.py (by the rules of configs.py) and aot_tuned.py (rows that make tune wrote).
-Prints and writes, for each kernel, configuration, dtype and architecture, registers, spills (a kernel's STACK bytes), shared memory, blocks per multiprocessor, the tensor-core
-instruction, whether the tensor memory accelerator fetches the operands, and the floor: the time that its FLOPs and its
+Prints and writes, for each kernel, configuration, dtype and architecture, registers, spills (a kernel's STACK bytes), shared
+memory, blocks per multiprocessor, the tensor-core instruction, whether the tensor memory accelerator fetches the operands, and the floor: the time that its FLOPs and its
 tensors, moved once, take at the published rates of the named GPU (chips.py) for the case's shape. Fails on a kernel that does
 not compile, on a spill, on shared memory over the chip's limit, on a 16-bit product without tensor cores (on Hopper and
 later: a product of mlp.py without theirs), and on descriptors without the accelerator.

@@ -276,10 +276,9 @@ def _programs(tiles: int, config: ProductConfig, on: torch.device) -> int:
     return min(tiles, resident) if config.programs else tiles
 
 
-def product_choice(unit: str, x: torch.Tensor, columns: int) -> ProductRow:
-    """Which path the product of x [T, K] with `columns` outputs takes on x's device; unit as in product_table.py."""
-    T, K = x.shape
-    return configs.product_choice(unit, T, columns, K, x.dtype, device.device_properties(x.device).arch)
+def product_choice(unit: str, rows: int, columns: int, depth: int, dtype: torch.dtype, on: torch.device) -> ProductRow:
+    """Which path a product of [rows, depth] with `columns` outputs takes on that device; unit as in product_table.py."""
+    return configs.product_choice(unit, rows, columns, depth, dtype, device.device_properties(on).arch)
 
 
 def _launch_linear(x, weight, bias, residual, scale, drop_path, kind, h, out, config) -> None:

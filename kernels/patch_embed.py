@@ -12,13 +12,12 @@ import triton
 import triton.language as tl
 
 from . import device
-from .configs import ProductRow, patch_embed_config, patch_image_config, patch_weight_config, product_choice
+from .configs import patch_embed_config, patch_image_config, patch_weight_config
 from .patchify import assemble_tokens, load_pixels, load_position, patch_grid, patchify, pixel_offsets, unpatchify
 from .reduce import sum_partials
 
 __all__ = [
     "assemble_tokens",
-    "patch_choice",
     "patch_embed_forward",
     "patch_embed_image_gradient",
     "patch_embed_weight_gradient",
@@ -230,9 +229,3 @@ def patch_embed_image_gradient(
         num_warps=config.warps, num_stages=config.stages,
         maxnreg=config.registers, enable_fp_fusion=True,
     )  # fmt: skip
-
-
-def patch_choice(unit: str, images: torch.Tensor, D: int, P: int, dtype: torch.dtype) -> ProductRow:
-    """Which path a product of these images' patches with width D takes, in `dtype`; unit as in product_table.py."""
-    patches, K = images.numel() // (images.shape[1] * P * P), images.shape[1] * P * P
-    return product_choice(unit, patches, D, K, dtype, device.device_properties(images.device).arch)

@@ -119,6 +119,12 @@ struct BlockParameters {
     OptionalTensor maybe(size_t i) const { return at[i].numel() == 0 ? OptionalTensor() : OptionalTensor(at[i]); }
 };
 
+void block_mlp(const Tensor& x, const BlockParameters& p, double eps, const std::string& activation,
+               const Tensor& out) {
+    norm_mlp_forward(x, p.get(9), p.get(10), eps, p.get(11), p.maybe(12), p.maybe(13), activation, p.get(14),
+                     p.maybe(15), p.maybe(16), p.maybe(17), out);
+}
+
 // Rows [first, first + count) of a weight and its bias, and the panels that stand for them where those are whole.
 struct Rows {
     Tensor weight;
@@ -174,8 +180,7 @@ void first_token_forward(const Tensor& x, const BlockParameters& p, int64_t head
     };
     dtype == kFloat ? attend(float{}) : attend(bf16{});
     linear(*attended, p.get(5), false, p.maybe(6), p.maybe(7), "none", *first, p.maybe(8), {}, {}, *middle);
-    norm_mlp_forward(*middle, p.get(9), p.get(10), eps, p.get(11), p.maybe(12), p.maybe(13), activation, p.get(14),
-                     p.maybe(15), p.maybe(16), p.maybe(17), out);
+    block_mlp(*middle, p, eps, activation, out);
 }
 
 // out = the blocks one after the other, each norm_attention_forward and then norm_mlp_forward. Parameters of each:
@@ -201,8 +206,7 @@ void blocks_forward(Tensor x, std::vector<Tensor> parameters, int64_t heads, dou
         const BlockParameters p{parameters.data() + i * BlockParameters::kCount};
         norm_attention_forward(i == 0 ? x : made, p.get(0), p.get(1), eps, p.get(2), p.maybe(3), p.maybe(4), heads,
                                scale, cu_seqlens, max_seqlen, p.get(5), p.maybe(6), p.maybe(7), p.maybe(8), *middle);
-        norm_mlp_forward(*middle, p.get(9), p.get(10), eps, p.get(11), p.maybe(12), p.maybe(13), activation, p.get(14),
-                         p.maybe(15), p.maybe(16), p.maybe(17), made);
+        block_mlp(*middle, p, eps, activation, made);
     }
     if (first_token) {
         const BlockParameters last{parameters.data() + whole * BlockParameters::kCount};

@@ -34,7 +34,11 @@ class TritonKernels(RawKernels):
 
     def _fused_config(self, unit: str, x: Tensor, columns: int) -> tuple[bool, Any]:
         """Whether the product of x [T, I] with ``columns`` outputs is Triton's own, and its tile if it was measured."""
-        row = self.functions.product_choice(unit, x, columns)
+        return self._choice(unit, x.shape[0], columns, x.shape[1], x)
+
+    def _choice(self, unit: str, rows: int, columns: int, depth: int, like: Tensor) -> tuple[bool, Any]:
+        """The same of a product in like's dtype and on its device."""
+        row = self.functions.product_choice(unit, rows, columns, depth, like.dtype, like.device)
         return (self.path or row.path) == "fused", row.config
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -108,20 +112,21 @@ class TritonKernels(RawKernels):
         shift: Tensor,
         dtype: torch.dtype,
     ) -> Tensor:
-        added = bias, pos_embed, prefix
-        if not self._reads_images("patch_embed", images, weight.shape[0], weight.shape[-1], weight.dtype):
+        added, (D, P), B = (bias, pos_embed, prefix), (weight.shape[0], weight.shape[-1]), images.shape[0]
+        N = (images.shape[2] // P) * (images.shape[3] // P)
+        fused, _ = self._choice("patch_embed", B * N, D, weight.shape[1] * P * P, weight)
+        if not fused:
             return super().embed_patches(images, weight, *added, scale, shift, dtype)
-        N = (images.shape[2] // weight.shape[-1]) * (images.shape[3] // weight.shape[-1])
-        L = N if prefix is None else prefix.shape[0] + N
-        tokens = images.new_empty(images.shape[0], L, weight.shape[0], dtype=dtype)
+        tokens = images.new_empty(B, N if prefix is None else prefix.shape[0] + N, D, dtype=dtype)
         self.functions.patch_embed_forward(images, weight.contiguous(), *map(f32, added), scale, shift, tokens)
         return tokens
 
     def patches_weight_grad(
         self, d_projected: Tensor, images: Tensor, P: int, scale: Tensor, shift: Tensor, d_tokens: Tensor
     ) -> Tensor:
-        D, C, dtype = d_projected.shape[1], images.shape[1], d_projected.dtype
-        if not self._reads_images("patch_weight", images, D, P, dtype):
+        (patches, D), C, dtype = d_projected.shape, images.shape[1], d_projected.dtype
+        fused, _ = self._choice("patch_weight", patches, D, C * P * P, d_projected)
+        if not fused:
             return super().patches_weight_grad(d_projected, images, P, scale, shift, d_tokens)
         d_weight = images.new_empty(D, C, P, P, dtype=torch.float32)
         self.functions.patch_embed_weight_gradient(images, d_tokens.contiguous(), scale, shift, dtype, d_weight)
@@ -136,15 +141,13 @@ class TritonKernels(RawKernels):
         dtype: torch.dtype,
         d_tokens: Tensor,
     ) -> Tensor:
-        d_images = d_tokens.new_empty(shape, dtype=dtype)
-        if not self._reads_images("patch_image", d_images, weight.shape[0], weight.shape[-1], weight.dtype):
+        patches, D = d_projected.shape
+        fused, _ = self._choice("patch_image", patches, D, weight.flatten(1).shape[1], weight)
+        if not fused:
             return super().patches_image_grad(d_projected, weight, scale, shape, dtype, d_tokens)
+        d_images = d_tokens.new_empty(shape, dtype=dtype)
         self.functions.patch_embed_image_gradient(d_tokens.contiguous(), weight.contiguous(), scale, d_images)
         return d_images
-
-    def _reads_images(self, unit: str, images: Tensor, D: int, P: int, dtype: torch.dtype) -> bool:
-        """Whether the product itself reads (or writes) the pixels; else patches are cut out for cuBLAS."""
-        return (self.path or self.functions.patch_choice(unit, images, D, P, dtype).path) == "fused"
 
     def _lengths(self, qkv: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> tuple[Any, ...]:
         if cu_seqlens is None:
