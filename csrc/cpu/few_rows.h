@@ -1,8 +1,6 @@
 // Products of very few rows, straight from the weight: packing a panel costs as much as the product of 7 rows. The
 // class token of a model's last block is one row per image. Included by linear_kernel.h.
 
-constexpr int64_t kFewRows = 4;
-
 // sums[kRows, kPanelColumns] = x[kRows, inputs] * weight[count, inputs]^T.
 template <int kRows>
 void multiply_few_rows(const float* x, const float* weight, int64_t weight_row, int64_t inputs, int64_t count,

@@ -8,6 +8,7 @@
 #include "isa.h"
 #include "scratch.h"
 #include "shares.h"
+#include "split_linear.h"
 
 // Matrix products of linear layers with what follows them in the same pass. Shapes: T rows, I inputs (contracted),
 // O outputs. The right operand is packed into panels of columns that stay in L2; the left one is read where it lies.
@@ -16,28 +17,6 @@ namespace vitfast {
 constexpr int64_t kDepth = 1536;     // words of a panel at a time: 384 KiB, with the rows' block inside 1 MiB of L2
 constexpr int64_t kBlockRows = 204;  // 34 register tiles: a panel read from L3 serves all of them; 197 tokens are one
 constexpr int64_t kTileBlockRows = 224;  // the same for AMX: 7 register blocks of 32 rows
-
-template <class Y>
-struct RightOperand {
-    const Y* x;
-    int64_t row_stride, outputs, inputs;
-    bool transposed;                   // x[inputs, outputs] instead of x[outputs, inputs]
-    const uint32_t* packed = nullptr;  // null, or all its panels one after the other
-};
-
-template <class X, class Y>
-struct Product {
-    const Y* x;
-    bool transposed;  // x[inputs, rows] instead of x[rows, inputs]
-    int64_t rows, inputs, outputs;
-    Parameter bias, scale;
-    Finish finish;
-    Y* before;          // null, or what the activation is applied to
-    const X* residual;  // null, or residual + drop_path * scale * product is written
-    const float* drop_path;
-    int64_t rows_per_sample;
-    X* out;
-};
 
 // The rows of x that one panel after the other passes should stay in L2 beside the panel, where products are so fast
 // that L3 could not deliver: half of 2 MiB, which every CPU with AMX has.
@@ -122,6 +101,7 @@ void with_dtype(const Tensor& x, const Run& run) {
 
 // 32-bit words of a packed weight [O, I].
 int64_t packed_words(int64_t inputs, int64_t outputs, ScalarType dtype) {
+    if (dtype == ScalarType::Float && splits<float>()) return split_words(inputs, outputs);
     const int64_t bytes = dtype == ScalarType::Float ? 4 : 2;
     return (inputs * bytes + 3) / 4 * ((outputs + kPanelStep - 1) / kPanelStep * kPanelStep);
 }
@@ -135,6 +115,9 @@ void pack_linear_weight(Tensor weight, Tensor packed) {
     with_dtype(weight, [&](auto type) {
         using Y = decltype(type);
         const RightOperand<Y> right{data<Y>(weight), inputs, outputs, inputs, false};
+        if constexpr (std::is_same_v<Y, float>) {
+            if (splits<Y>()) return pack_split(right, words);
+        }
         const int64_t panel_words = (inputs * sizeof(Y) + 3) / 4 * kPanelColumns;
         torch::stable::parallel_for(0, panels_of(outputs), 1, [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i) VITFAST_DISPATCH(pack_panel(right, i, words + i * panel_words));
@@ -193,6 +176,9 @@ void linear(Tensor x, Tensor weight, bool transposed, OptionalTensor packed, Opt
                                  mutable_data<X>(out)};
         const RightOperand<Y> right{data<Y>(weight), weight.size(1), outputs,
                                     inputs,          transposed,     data<uint32_t>(packed)};
+        if constexpr (std::is_same_v<X, float> && std::is_same_v<Y, float>) {
+            if (splits<Y>() && rows > kFewRows) return multiply_split(args, right);
+        }
         const bool tiles = std::is_same_v<Y, bf16> && cpu_capability() == Capability::kAmx;
         const int64_t most_rows = tiles ? kLeftBytes / (inputs * sizeof(Y) + 1) + 1 : rows + 1;
         const Split split = split_panels(rows, panels_of(outputs), most_rows, packed.has_value() ? 0 : tiles ? 30 : 7);
@@ -229,6 +215,9 @@ void linear_weight_grad(Tensor d_out, Tensor x, Tensor d_weight) {
         args.outputs = inputs;
         args.out = mutable_data<Y>(d_weight);
         const RightOperand<Y> right{data<Y>(x), inputs, inputs, rows, true};
+        if constexpr (std::is_same_v<Y, float>) {
+            if (splits<Y>()) return multiply_split(args, right);
+        }
         const int64_t panel_words = (rows * sizeof(Y) + 3) / 4 * kPanelColumns;
         Scratch packed(panels * panel_words);
         uint32_t* const words = packed.take<uint32_t>(panels * panel_words);

@@ -12,6 +12,8 @@ namespace vitfast {
 constexpr int64_t kPanelColumns = 64;  // 4 vectors of AVX-512, the width of its register tile
 constexpr int64_t kPanelStep = 16;     // the last panel's columns are rounded up to this
 
+constexpr int64_t kFewRows = 4;        // of fp32 that are multiplied with the weight as it lies
+
 inline int64_t panels_of(int64_t outputs) { return (outputs + kPanelColumns - 1) / kPanelColumns; }
 
 inline int64_t panel_columns(int64_t outputs, int64_t panel) {
@@ -41,5 +43,27 @@ inline Finish finish_of(const std::string& activation) {
     if (activation == "quick_gelu") return Finish::kQuickGelu;
     fail("activation is \"", activation, "\"; allowed: \"none\", \"gelu\", \"gelu_tanh\", \"quick_gelu\"");
 }
+
+template <class Y>
+struct RightOperand {
+    const Y* x;
+    int64_t row_stride, outputs, inputs;
+    bool transposed;                   // x[inputs, outputs] instead of x[outputs, inputs]
+    const uint32_t* packed = nullptr;  // null, or all its panels one after the other
+};
+
+template <class X, class Y>
+struct Product {
+    const Y* x;
+    bool transposed;  // x[inputs, rows] instead of x[rows, inputs]
+    int64_t rows, inputs, outputs;
+    Parameter bias, scale;
+    Finish finish;
+    Y* before;          // null, or what the activation is applied to
+    const X* residual;  // null, or residual + drop_path * scale * product is written
+    const float* drop_path;
+    int64_t rows_per_sample;
+    X* out;
+};
 
 }  // namespace vitfast

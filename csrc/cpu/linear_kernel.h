@@ -5,6 +5,7 @@
 #include "vec_math.h"
 // after those
 #include "few_rows.h"
+#include "linear_finish.h"
 
 constexpr int kPanelVecs = VITFAST_LEVEL >= 2 ? 4 : 2;  // of a register tile; divides a whole panel's
 
@@ -22,50 +23,6 @@ void pack_panel(const RightOperand<Y>& p, int64_t index, uint32_t* panel) {
     } else {
         transposed_panel<kPairs>(p.x + first * p.row_stride, p.row_stride, count, p.inputs, columns, panel);
     }
-}
-
-VITFAST_INLINE Vec load(const Parameter& p, int64_t at, int64_t n) {
-    return p.as_float ? load(p.as_float + at, n) : load(p.as_bf16 + at, n);
-}
-
-// Reads sums[rows, kPanelColumns] of output rows from `row` and columns [first, first + count); writes the outputs.
-template <class Activation, class X, class Y>
-void finish_rows(const Product<X, Y>& a, const float* sums, int64_t row, int64_t rows, int64_t first, int64_t count) {
-    constexpr bool kActivates = !std::is_void_v<Activation>;
-    const bool biased = a.bias.as_float || a.bias.as_bf16, scaled = a.scale.as_float || a.scale.as_bf16;
-    for (int64_t j = 0; j < count; j += kLanes) {
-        const int64_t n = count - j;
-        const Vec bias = biased ? load(a.bias, first + j, n) : Vec{},
-                  scale = scaled ? load(a.scale, first + j, n) : Vec{};
-        for (int64_t i = 0; i < rows; ++i) {
-            const int64_t at = (row + i) * a.outputs + first + j;
-            Vec value = load(sums + i * kPanelColumns + j);
-            if (biased) value += bias;
-            if constexpr (kActivates) {
-                if (a.before) {
-                    store(a.before + at, value, n);
-                    value = load(a.before + at, n);  // as backward will see it
-                }
-                value = Activation::value(value);
-            } else if (a.residual) {
-                if (scaled) value *= scale;
-                const float kept = a.drop_path ? a.drop_path[(row + i) / a.rows_per_sample] : 1.0f;
-                value = fma(value, broadcast(kept), load(a.residual + at, n));
-            }
-            store(a.out + at, value, n);
-        }
-    }
-}
-
-template <class X, class Y>
-void finish_rows(const Product<X, Y>& a, const float* sums, int64_t row, int64_t rows, int64_t first, int64_t count) {
-    if constexpr (std::is_same_v<X, Y>) {
-        constexpr bool kFast = std::is_same_v<Y, bf16>;
-        if (a.finish == Finish::kGelu) return finish_rows<Gelu<kFast>>(a, sums, row, rows, first, count);
-        if (a.finish == Finish::kGeluTanh) return finish_rows<GeluTanh<kFast>>(a, sums, row, rows, first, count);
-        if (a.finish == Finish::kQuickGelu) return finish_rows<Silu<true, kFast>>(a, sums, row, rows, first, count);
-    }
-    finish_rows<void>(a, sums, row, rows, first, count);
 }
 
 template <bool kPairs>
