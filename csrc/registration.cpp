@@ -39,7 +39,7 @@ STABLE_TORCH_LIBRARY(vitfast_C, m) {
     m.def(
         "linear(Tensor x, Tensor weight, bool transposed, Tensor? packed, Tensor? bias, str activation, "
         "Tensor? residual, Tensor? scale, Tensor? drop_path, Tensor(a!)? before, Tensor(b!) out) -> ()");
-    m.def("pack_linear_weight(Tensor weight, Tensor(a!) packed) -> ()");
+    m.def("pack_linear_weight(Tensor weight) -> Tensor");
     m.def(
         "int8_linear(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor packed, Tensor start, "
         "Tensor weight_scale, Tensor? bias, str activation, Tensor? residual, Tensor? scale, Tensor(a!) out) -> ()");

@@ -21,6 +21,7 @@ SHAPES = [
     (1, 16, 16),
     (211, 48, 130),
     (7, 3101, 20),
+    (50, 1700, 70),
     (0, 8, 16),
     (3, 0, 16),
 ]
@@ -131,16 +132,29 @@ def test_same_bits_for_any_thread_count(dtype: torch.dtype) -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_rows_do_not_depend_on_their_neighbours() -> None:
+@pytest.mark.parametrize("dtype", HALVES)
+def test_rows_do_not_depend_on_their_neighbours(dtype: torch.dtype) -> None:
     """A NaN or an infinity stays in its row; so does a row's result, whatever block of rows it is in."""
-    x, weight, _ = operands(20, 33, 24, torch.bfloat16)
+    x, weight, _ = operands(60, 33, 24, dtype)
     clean = product(x, weight)
     x[4, 0], x[9] = float("nan"), float("inf")
     dirty = product(x, weight)
-    keep = [i for i in range(20) if i not in (4, 9)]
+    keep = [i for i in range(60) if i not in (4, 9)]
     assert torch.equal(clean[keep], dirty[keep])
     assert dirty[4].isnan().all()
-    assert torch.equal(product(x[5:7].contiguous(), weight), clean[5:7])
+    assert not dirty[9].isfinite().any()
+    assert torch.equal(product(x[35:42].contiguous(), weight), clean[35:42])
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-3, 1.0, 1e18])
+def test_fp32_at_any_magnitude(magnitude: float) -> None:
+    """fp32's accuracy where products are made of bf16 parts: of tiny and huge numbers, and of sums that cancel."""
+    x, weight, _ = operands(70, 96, 40, torch.float32)
+    x, weight = x * magnitude, weight * torch.logspace(-6, 6, 40)[:, None]
+    assert_close_to_truth("scaled", product(x, weight), x @ weight.t(), x.double() @ weight.double().t(), torch.float32)
+    x[:, 48:], weight[:, 48:] = x[:, :48], -weight[:, :48] * (1 + 2.0**-12)
+    ours, plain, truth = product(x, weight), x @ weight.t(), x.double() @ weight.double().t()
+    assert_close_to_truth("cancelling", ours, plain, truth, torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -166,9 +180,7 @@ def test_errors(change: dict, message: str) -> None:
 @pytest.mark.parametrize(("T", "inputs", "outputs"), SHAPES)
 def test_packed_weight_gives_the_same_bits(T: int, inputs: int, outputs: int, dtype: torch.dtype) -> None:
     x, weight = torch.randn(T, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype)
-    words = (inputs * weight.element_size() + 3) // 4
-    packed = torch.full((-(-outputs // 16) * 16 * words,), -1, dtype=torch.int32)
-    C.pack_linear_weight(weight, packed)
+    packed = C.pack_linear_weight(weight)
     with_panels, without = product(x, weight, packed=packed), product(x, weight)
     if dtype == torch.float32 and T <= 4:  # so few rows are dot products with the weight as it lies
         torch.testing.assert_close(with_panels, without, rtol=1e-5, atol=1e-5)
@@ -176,9 +188,8 @@ def test_packed_weight_gives_the_same_bits(T: int, inputs: int, outputs: int, dt
         assert torch.equal(with_panels, without)
 
 
-def test_packed_weight_of_another_size() -> None:
+def test_packed_weight_of_another_size(capability: str) -> None:
     x, weight = torch.randn(3, 8), torch.randn(16, 8)
-    with pytest.raises(RuntimeError, match=r"packed has shape \[127\]; needed: \[128\]"):
+    needed = 32 * 3 * 16 if capability == "amx" else 16 * 8  # in three parts, a block of 32 columns and a step of 16 words
+    with pytest.raises(RuntimeError, match=rf"packed has shape \[127\]; needed: \[{needed}\]"):
         product(x, weight, packed=torch.zeros(127, dtype=torch.int32))
-    with pytest.raises(RuntimeError, match=r"packed has shape \[127\]; needed: \[128\]"):
-        C.pack_linear_weight(weight, torch.zeros(127, dtype=torch.int32))

@@ -107,10 +107,11 @@ int64_t packed_words(int64_t inputs, int64_t outputs, ScalarType dtype) {
 }
 
 // All panels of weight[O, I], one after the other, for products with few rows: packing costs them more than memory.
-void pack_linear_weight(Tensor weight, Tensor packed) {
+Tensor pack_linear_weight(Tensor weight) {
     check("weight", weight, Device::kCpu, {ScalarType::Float, ScalarType::BFloat16}, {-1, -1});
     const int64_t outputs = weight.size(0), inputs = weight.size(1);
-    check("packed", packed, Device::kCpu, {ScalarType::Int}, {packed_words(inputs, outputs, weight.scalar_type())});
+    const int64_t size = packed_words(inputs, outputs, weight.scalar_type());
+    const Tensor packed = torch::stable::new_empty(weight, {size}, ScalarType::Int);
     uint32_t* const words = mutable_data<uint32_t>(packed);
     with_dtype(weight, [&](auto type) {
         using Y = decltype(type);
@@ -123,6 +124,7 @@ void pack_linear_weight(Tensor weight, Tensor packed) {
             for (int64_t i = begin; i < end; ++i) VITFAST_DISPATCH(pack_panel(right, i, words + i * panel_words));
         });
     });
+    return packed;
 }
 
 }  // namespace

@@ -15,16 +15,16 @@ namespace {
 
 // The left operand's block that stays in L2 while the right one's panels pass: 224 rows of 768 numbers take 1 MiB.
 constexpr int64_t kMostUnits = 7;   // of kSplitLines rows
-constexpr int64_t kMostSteps = 24;  // of kSplitNumbers numbers; more are summed up in turns
+constexpr int64_t kMostSteps = 26;  // of kSplitNumbers numbers; more are summed up in turns
 
 struct Work {
     int64_t blocks, parts;  // an item is one of `blocks` blocks of rows and of `parts` parts of the panels
 };
 
-// The fewest items that keep the threads equally busy; packing a unit of rows takes as long as half a panel.
+// The fewest items that keep the threads equally busy; packing a unit of rows takes as long as a panel.
 Work split_work(int64_t units, int64_t panels, int64_t threads) {
     constexpr int64_t kMoreBlocks = 8, kMostParts = 8;
-    constexpr double kPacking = 0.5;
+    constexpr double kPacking = 1;
     Work best{1, 1};
     double best_time = std::numeric_limits<double>::infinity();
     const int64_t fewest = (units + kMostUnits - 1) / kMostUnits;
@@ -54,7 +54,7 @@ Work split_work(int64_t units, int64_t panels, int64_t threads) {
 
 void pack_split(const RightOperand<float>& right, uint32_t* packed) {
     torch::stable::parallel_for(0, split_blocks(right.outputs), 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) VITFAST_AMX_TILES::pack_split_right(right, i, packed);
+        VITFAST_AMX_TILES::pack_split_right(right, begin, end, packed);
     });
 }
 
@@ -67,7 +67,8 @@ void multiply_split(const Product<float, float>& args, const RightOperand<float>
         pack_split(right, made);
         words = made;
     }
-    const int64_t units = split_blocks(args.rows), panels = panels_of(args.outputs), steps = split_steps(args.inputs);
+    const int64_t units = split_blocks(args.rows), panels = split_blocks(args.outputs),
+                  steps = split_steps(args.inputs);
     const Work work = split_work(units, panels, torch::stable::get_num_threads());
     const int64_t items = work.blocks * work.parts, turns = std::max<int64_t>(1, (steps + kMostSteps - 1) / kMostSteps);
     const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), items);
@@ -76,7 +77,7 @@ void multiply_split(const Product<float, float>& args, const RightOperand<float>
     Shares shares(items, threads);
     torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
         const int64_t left_words = most_units * most_steps * kSplitStepWords;
-        const int64_t sums_words = (turns == 1 ? 1 : most_units * most_panels) * kSplitLines * kPanelColumns;
+        const int64_t sums_words = (turns == 1 ? 2 : most_panels * most_units) * kSplitLines * kPanelColumns;
         Scratch scratch(left_words + sums_words);
         uint32_t* const left = scratch.take<uint32_t>(left_words);
         float* const sums = scratch.take<float>(sums_words);
@@ -87,7 +88,8 @@ void multiply_split(const Product<float, float>& args, const RightOperand<float>
             const int64_t end = std::min(args.rows, units * (block + 1) / work.blocks * kSplitLines);
             for (int64_t turn = 0; turn < turns; ++turn) {
                 const int64_t from = steps * turn / turns, to = steps * (turn + 1) / turns;
-                if (turns > 1 || packed_block != block) VITFAST_AMX_TILES::pack_split_left(args, begin, end, from, to, left);
+                if (turns > 1 || packed_block != block)
+                    VITFAST_AMX_TILES::pack_split_left(args, begin, end, from, to, left);
                 VITFAST_AMX_TILES::multiply_split_rows(args, left, words, begin, end, panels * part / work.parts,
                                                        panels * (part + 1) / work.parts, from, to, sums);
             }

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .arguments import POINTWISE, nothing
-from .quantize import PANEL_STEP, pack_weight
+from .quantize import pack_weight
 from .raw import RawKernels, even_lengths, f32
 from .weight_cache import Kept, derived, kept
 
@@ -20,6 +20,7 @@ class CpuKernels(RawKernels):
         super().__init__()
         capability = self.functions.cpu_capability()
         self.own_dtypes = {torch.float32} if capability.startswith("avx512") or capability == "amx" else set()
+        self.splits = capability == "amx"
         # Without tiles of our own (an old compiler) oneDNN's are faster.
         if capability == "amx" or (capability == "avx512_bf16" and not torch.cpu._is_amx_tile_supported()):
             self.own_dtypes.add(torch.bfloat16)
@@ -167,13 +168,8 @@ class CpuKernels(RawKernels):
         """A contiguous weight packed for our products, as kept from an earlier call or from now on; None: not ours, or not kept."""
         if weight.dtype not in self.own_dtypes:
             return None
-        return kept(weight, "panels", self._pack, weight.numel() * weight.element_size())
-
-    def _pack(self, weight: Tensor) -> Tensor:
-        outputs, words = weight.shape[0], (weight.shape[1] * weight.element_size() + 3) // 4
-        packed = weight.new_empty(-(-outputs // PANEL_STEP) * PANEL_STEP * words, dtype=torch.int32)
-        self.functions.pack_linear_weight(weight, packed)
-        return packed
+        size = 6 if self.splits and weight.dtype == torch.float32 else weight.element_size()  # fp32 as three bf16 parts
+        return kept(weight, "panels", self.functions.pack_linear_weight, weight.numel() * size)
 
     def _linear(self, x: Tensor, weight: Tensor, transposed: bool, *rest: Any) -> None:
         self.functions.linear(x.contiguous(), weight.contiguous(), transposed, *rest)
