@@ -15,7 +15,7 @@ namespace {
 
 // The left operand's block that stays in L2 while the right one's panels pass: 224 rows of 768 numbers take 1 MiB.
 constexpr int64_t kMostUnits = 7;   // of kSplitLines rows
-constexpr int64_t kMostSteps = 26;  // of kSplitNumbers numbers; more are summed up in turns
+constexpr int64_t kMostSteps = 24;  // of kSplitNumbers numbers; more are summed up in turns
 
 struct Work {
     int64_t blocks, parts;  // an item is one of `blocks` blocks of rows and of `parts` parts of the panels

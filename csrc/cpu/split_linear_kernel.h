@@ -222,7 +222,7 @@ struct Meanwhile {
         finish_to((step + 1) * kSplitLines / steps);
     }
 
-    void finish_to(int64_t end) {
+    VITFAST_INLINE_MEMBER void finish_to(int64_t end) {
         end = std::min(end, rows);
         if (end <= done) return;
         finish_rows(a, sums + done * kPanelColumns, row + done, end - done, first, count);
