@@ -8,7 +8,7 @@
 #include "isa.h"
 #include "scratch.h"
 #include "shares.h"
-#include "split_linear.h"
+#include "tile_linear.h"
 
 // Matrix products of linear layers with what follows them in the same pass. Shapes: T rows, I inputs (contracted),
 // O outputs. The right operand is packed into panels of columns that stay in L2; the left one is read where it lies.
@@ -16,11 +16,6 @@ namespace vitfast {
 
 constexpr int64_t kDepth = 1536;     // words of a panel at a time: 384 KiB, with the rows' block inside 1 MiB of L2
 constexpr int64_t kBlockRows = 204;  // 34 register tiles: a panel read from L3 serves all of them; 197 tokens are one
-constexpr int64_t kTileBlockRows = 224;  // the same for AMX: 7 register blocks of 32 rows
-
-// The rows of x that one panel after the other passes should stay in L2 beside the panel, where products are so fast
-// that L3 could not deliver: half of 2 MiB, which every CPU with AMX has.
-constexpr int64_t kLeftBytes = 1 << 20;
 
 // A thread's scratch: one panel, the left operand's block of rows where it is packed, and its sums.
 struct Workspace {
@@ -30,7 +25,6 @@ struct Workspace {
 
 }  // namespace vitfast
 
-#define VITFAST_WITH_AMX
 #define VITFAST_KERNEL "linear_kernel.h"
 #include "for_each_isa.h"
 
@@ -50,10 +44,10 @@ void for_each_item(const Product<X, Y>& args, Split split, const Run& run) {
     const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), items);
     Shares shares(items, threads);
     torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
-        const int64_t left = (kTileBlockRows + kPanelStep) * words;
-        Scratch scratch(kPanelColumns * (words + kTileBlockRows) + left);
+        const int64_t left = (kBlockRows + kPanelStep) * words;
+        Scratch scratch(kPanelColumns * (words + kBlockRows) + left);
         const Workspace workspace{scratch.take<uint32_t>(kPanelColumns * words), scratch.take<uint32_t>(left),
-                                  scratch.take<float>(kTileBlockRows * kPanelColumns)};
+                                  scratch.take<float>(kBlockRows * kPanelColumns)};
         for (int64_t i; shares.take(thread, &i);) {
             const int64_t block = i / split.parts, part = i % split.parts;
             run(args.rows * block / split.blocks, args.rows * (block + 1) / split.blocks, panels * part / split.parts,
@@ -63,14 +57,12 @@ void for_each_item(const Product<X, Y>& args, Split split, const Run& run) {
 }
 
 // One panel per item, for all rows where that keeps the threads equally busy: what every block of rows costs beside its
-// product is as much as the product of `extra` rows. most_rows: of a block. Blocks are whole shares of the threads
+// product is as much as the product of `extra` rows. Blocks are whole shares of the threads
 // where there are rows enough, since rows come from the core that made them.
-Split split_panels(int64_t rows, int64_t panels, int64_t most_rows, double extra) {
+Split split_panels(int64_t rows, int64_t panels, double extra) {
     constexpr int64_t kLeastRows = 24, kMoreBlocks = 8, kEnoughRows = 64;
     const int64_t threads = torch::stable::get_num_threads();
-    int64_t fewest = std::max<int64_t>(1, (rows + most_rows - 1) / most_rows);
-    const int64_t shared = (fewest + threads - 1) / threads * threads;
-    if (rows / shared >= kEnoughRows) fewest = shared;
+    const int64_t fewest = rows / threads >= kEnoughRows ? threads : 1;
     Split best{std::min(rows, fewest), panels};
     double best_time = std::numeric_limits<double>::infinity();
     for (int64_t blocks = fewest; blocks < fewest + kMoreBlocks && blocks * kLeastRows <= rows; ++blocks) {
@@ -101,7 +93,9 @@ void with_dtype(const Tensor& x, const Run& run) {
 
 // 32-bit words of a packed weight [O, I].
 int64_t packed_words(int64_t inputs, int64_t outputs, ScalarType dtype) {
-    if (dtype == ScalarType::Float && splits<float>()) return split_words(inputs, outputs);
+    if (has_tiles()) {
+        return dtype == ScalarType::Float ? tile_words<float>(inputs, outputs) : tile_words<bf16>(inputs, outputs);
+    }
     const int64_t bytes = dtype == ScalarType::Float ? 4 : 2;
     return (inputs * bytes + 3) / 4 * ((outputs + kPanelStep - 1) / kPanelStep * kPanelStep);
 }
@@ -116,9 +110,7 @@ Tensor pack_linear_weight(Tensor weight) {
     with_dtype(weight, [&](auto type) {
         using Y = decltype(type);
         const RightOperand<Y> right{data<Y>(weight), inputs, outputs, inputs, false};
-        if constexpr (std::is_same_v<Y, float>) {
-            if (splits<Y>()) return pack_split(right, words);
-        }
+        if (has_tiles()) return pack_tiles(right, words);
         const int64_t panel_words = (inputs * sizeof(Y) + 3) / 4 * kPanelColumns;
         torch::stable::parallel_for(0, panels_of(outputs), 1, [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i) VITFAST_DISPATCH(pack_panel(right, i, words + i * panel_words));
@@ -178,12 +170,9 @@ void linear(Tensor x, Tensor weight, bool transposed, OptionalTensor packed, Opt
                                  mutable_data<X>(out)};
         const RightOperand<Y> right{data<Y>(weight), weight.size(1), outputs,
                                     inputs,          transposed,     data<uint32_t>(packed)};
-        if constexpr (std::is_same_v<X, float> && std::is_same_v<Y, float>) {
-            if (splits<Y>() && rows > kFewRows) return multiply_split(args, right);
-        }
-        const bool tiles = std::is_same_v<Y, bf16> && cpu_capability() == Capability::kAmx;
-        const int64_t most_rows = tiles ? kLeftBytes / (inputs * sizeof(Y) + 1) + 1 : rows + 1;
-        const Split split = split_panels(rows, panels_of(outputs), most_rows, packed.has_value() ? 0 : tiles ? 30 : 7);
+        const bool few = std::is_same_v<Y, float> && !transposed && rows <= kFewRows;
+        if (has_tiles() && !few) return multiply_by_tiles(args, right);
+        const Split split = split_panels(rows, panels_of(outputs), packed.has_value() ? 0 : 7);
         for_each_item(args, split, [&](int64_t begin, int64_t end, int64_t panel, int64_t, const Workspace& workspace) {
             const int64_t next = panel + 1;  // of this thread's share, where it has more
             VITFAST_DISPATCH(pack_and_multiply(args, right, begin, end, panel, next, workspace));
@@ -217,9 +206,7 @@ void linear_weight_grad(Tensor d_out, Tensor x, Tensor d_weight) {
         args.outputs = inputs;
         args.out = mutable_data<Y>(d_weight);
         const RightOperand<Y> right{data<Y>(x), inputs, inputs, rows, true};
-        if constexpr (std::is_same_v<Y, float>) {
-            if (splits<Y>()) return multiply_split(args, right);
-        }
+        if (has_tiles()) return multiply_by_tiles(args, right);
         const int64_t panel_words = (rows * sizeof(Y) + 3) / 4 * kPanelColumns;
         Scratch packed(panels * panel_words);
         uint32_t* const words = packed.take<uint32_t>(panels * panel_words);

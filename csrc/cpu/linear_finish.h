@@ -4,9 +4,11 @@ VITFAST_INLINE Vec load(const Parameter& p, int64_t at, int64_t n) {
     return p.as_float ? load(p.as_float + at, n) : load(p.as_bf16 + at, n);
 }
 
-// Reads sums[rows, kPanelColumns] of output rows from `row` and columns [first, first + count); writes the outputs.
+// Reads sums[rows] (sums_row numbers apart) of output rows from `row` and columns [first, first + count); writes the
+// outputs.
 template <class Activation, class X, class Y>
-void finish_rows(const Product<X, Y>& a, const float* sums, int64_t row, int64_t rows, int64_t first, int64_t count) {
+void finish_rows(const Product<X, Y>& a, const float* sums, int64_t sums_row, int64_t row, int64_t rows, int64_t first,
+                 int64_t count) {
     constexpr bool kActivates = !std::is_void_v<Activation>;
     const bool biased = a.bias.as_float || a.bias.as_bf16, scaled = a.scale.as_float || a.scale.as_bf16;
     for (int64_t j = 0; j < count; j += kLanes) {
@@ -15,7 +17,7 @@ void finish_rows(const Product<X, Y>& a, const float* sums, int64_t row, int64_t
                   scale = scaled ? load(a.scale, first + j, n) : Vec{};
         for (int64_t i = 0; i < rows; ++i) {
             const int64_t at = (row + i) * a.outputs + first + j;
-            Vec value = load(sums + i * kPanelColumns + j);
+            Vec value = load(sums + i * sums_row + j);
             if (biased) value += bias;
             if constexpr (kActivates) {
                 if (a.before) {
@@ -34,12 +36,15 @@ void finish_rows(const Product<X, Y>& a, const float* sums, int64_t row, int64_t
 }
 
 template <class X, class Y>
-void finish_rows(const Product<X, Y>& a, const float* sums, int64_t row, int64_t rows, int64_t first, int64_t count) {
+void finish_rows(const Product<X, Y>& a, const float* sums, int64_t sums_row, int64_t row, int64_t rows, int64_t first,
+                 int64_t count) {
     if constexpr (std::is_same_v<X, Y>) {
         constexpr bool kFast = std::is_same_v<Y, bf16>;
-        if (a.finish == Finish::kGelu) return finish_rows<Gelu<kFast>>(a, sums, row, rows, first, count);
-        if (a.finish == Finish::kGeluTanh) return finish_rows<GeluTanh<kFast>>(a, sums, row, rows, first, count);
-        if (a.finish == Finish::kQuickGelu) return finish_rows<Silu<true, kFast>>(a, sums, row, rows, first, count);
+        if (a.finish == Finish::kGelu) return finish_rows<Gelu<kFast>>(a, sums, sums_row, row, rows, first, count);
+        if (a.finish == Finish::kGeluTanh)
+            return finish_rows<GeluTanh<kFast>>(a, sums, sums_row, row, rows, first, count);
+        if (a.finish == Finish::kQuickGelu)
+            return finish_rows<Silu<true, kFast>>(a, sums, sums_row, row, rows, first, count);
     }
-    finish_rows<void>(a, sums, row, rows, first, count);
+    finish_rows<void>(a, sums, sums_row, row, rows, first, count);
 }

@@ -42,35 +42,12 @@ VITFAST_INLINE void multiply_vectors(int64_t vectors, int rows, Operand a, const
     }
 }
 
-#if VITFAST_AMX
-template <class X>
-void multiply_panel_by_tiles(const Product<X, bf16>& a, Operand left, int64_t begin, int64_t rows, int64_t index,
-                             const uint32_t* right, float* sums, Ahead* ahead) {
-    static_assert(kGroupWidth == kPanelColumns);
-    const int64_t words = words_for<true>(a.inputs), columns = panel_columns(a.outputs, index);
-    const int64_t first = index * kPanelColumns, count = std::min(kPanelColumns, a.outputs - first);
-    Streams streams{ahead ? *ahead : Ahead{}, {}, {}};
-    if (words == 0) std::fill(sums, sums + rows * kPanelColumns, 0.0f);
-    multiply_panel_by_tiles<false>(
-        left, right, rows, columns, words, sums, false, &streams,
-        [&](int64_t m, int64_t height, int64_t times) {
-            const int64_t start = (begin + m) * a.outputs + first;
-            stream_outputs(&streams, a.out, a.residual, start, height, count, a.outputs, times);
-        },
-        [&](int64_t m, int64_t height, const float* made) { finish_rows(a, made, begin + m, height, first, count); });
-    if (ahead) *ahead = streams.panel;
-}
-#endif
-
 // Output rows [begin, begin + rows) and the columns of panel `index`; left: the left operand from row `begin` on;
 // sums: kBlockRows * kPanelColumns numbers of scratch.
 template <class X, class Y>
 void multiply_panel(const Product<X, Y>& a, Operand left, int64_t begin, int64_t rows, int64_t index,
                     const uint32_t* right, float* sums, Ahead* ahead) {
     constexpr bool kPairs = kInPairs<Y>;
-#if VITFAST_AMX
-    if constexpr (kPairs) return multiply_panel_by_tiles(a, left, begin, rows, index, right, sums, ahead);
-#endif
     const int64_t words = words_for<kPairs>(a.inputs), columns = panel_columns(a.outputs, index);
     const int64_t first = index * kPanelColumns, count = std::min(kPanelColumns, a.outputs - first);
     const int64_t blocks = std::max<int64_t>(1, (words + kDepth - 1) / kDepth),
@@ -93,7 +70,7 @@ void multiply_panel(const Product<X, Y>& a, Operand left, int64_t begin, int64_t
                 multiply_vectors<kPairs>(vectors, height, part, panel + j, columns, to - from, tile_sums + j, block > 0,
                                          ahead);
             }
-            if (last) finish_rows(a, tile_sums, begin + m, height, first, count);
+            if (last) finish_rows(a, tile_sums, kPanelColumns, begin + m, height, first, count);
         }
     }
 }
@@ -135,21 +112,18 @@ void pack_and_multiply(const Product<X, Y>& a, const RightOperand<Y>& right, int
             const int64_t first = index * kPanelColumns, count = std::min(kPanelColumns, a.outputs - first);
             multiply_few_rows(end - begin, a.x + begin * a.inputs, right.x + first * right.row_stride, right.row_stride,
                               a.inputs, count, w.sums);
-            return finish_rows(a, w.sums, begin, end - begin, first, count);
+            return finish_rows(a, w.sums, kPanelColumns, begin, end - begin, first, count);
         }
     }
-    constexpr bool kTiles = VITFAST_AMX && kInPairs<Y>;
-    constexpr int64_t kStep = kTiles ? 32 : kTileRows, kMost = kTiles ? kTileBlockRows : kBlockRows;
-    const int64_t words = words_for<kInPairs<Y>>(a.inputs), steps = (end - begin + kStep - 1) / kStep;
-    // How often a product fetches: for each of its register blocks, the tiles' of half a panel's columns.
-    const int64_t times = kTiles ? steps * 2 * ((words + 15) / 16) : steps * ((words + kAheadWords - 1) / kAheadWords);
+    const int64_t words = words_for<kInPairs<Y>>(a.inputs), steps = (end - begin + kTileRows - 1) / kTileRows;
+    const int64_t times = steps * ((words + kAheadWords - 1) / kAheadWords);  // how often a product fetches
     Ahead ahead = fetch_panel(right, next, words, std::max<int64_t>(times, 1));
     if (!right.packed) pack_panel(right, index, w.panel);
     const uint32_t* const panel = right.packed ? right.packed + index * kPanelColumns * words : w.panel;
-    const int64_t blocks = (steps * kStep + kMost - 1) / kMost;
+    const int64_t blocks = (steps * kTileRows + kBlockRows - 1) / kBlockRows;
     for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t from = begin + steps * block / blocks * kStep;
-        const int64_t rows = std::min(end, begin + steps * (block + 1) / blocks * kStep) - from;
+        const int64_t from = begin + steps * block / blocks * kTileRows;
+        const int64_t rows = std::min(end, begin + steps * (block + 1) / blocks * kTileRows) - from;
         multiply_panel(a, left_rows(a, from, rows, w.left), from, rows, index, panel, w.sums, &ahead);
     }
 }

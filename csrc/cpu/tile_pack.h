@@ -1,0 +1,143 @@
+// Operands of products by AMX's tiles. A packed block of 32 lines (rows of the left operand, columns of the right one):
+// [step][part][two tiles][16][16 words]. A tile's rows are, on the left, lines; on the right, words of a step.
+// Included by tile_linear_kernel.h after gemm.h.
+
+constexpr int64_t kTileWords = kTile * kTile;
+constexpr int64_t kPartWords = 2 * kTileWords;
+
+// Word i of a step holds which two of its 32 numbers? Of bf16 the neighbours 2 i and 2 i + 1, as they lie in memory; of
+// fp32 the numbers i and i + 16, which are lanes of two vectors.
+template <class Y>
+struct Words;
+
+template <>
+struct Words<float> {
+    static constexpr int64_t kFirst = 1, kSecond = kTile;  // numbers between words, and between a word's two
+
+    // parts[i]: words of the i-th parts of two vectors of numbers.
+    VITFAST_INLINE_MEMBER static void split(Vec low, Vec high, Vec parts[3]) {
+        alignas(64) static constexpr uint16_t kInterleave[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                                 21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                                 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+        const __m512i interleave = _mm512_load_si512(kInterleave);
+#pragma GCC unroll 3
+        for (int i = 0; i < 3; ++i) {
+            const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+            const UVec words = (UVec)_mm512_permutexvar_epi16(interleave, rounded);
+            parts[i] = (Vec)words;
+            low -= (Vec)(words << 16);
+            high -= (Vec)(words & 0xffff0000u);
+        }
+    }
+
+    // Of a line's next numbers.
+    VITFAST_INLINE_MEMBER static void along(const float* from, int64_t numbers, Vec parts[3]) {
+        split(load(from, numbers), numbers > kTile ? load(from + kTile, numbers - kTile) : Vec{}, parts);
+    }
+
+    // Of 16 lines' numbers `first` and `second`; null for zeros.
+    VITFAST_INLINE_MEMBER static void across(const float* first, const float* second, int64_t lines, Vec parts[3]) {
+        split(first ? load(first, lines) : Vec{}, second ? load(second, lines) : Vec{}, parts);
+    }
+};
+
+template <>
+struct Words<bf16> {
+    static constexpr int64_t kFirst = 2, kSecond = 1;
+
+    VITFAST_INLINE_MEMBER static void along(const bf16* from, int64_t numbers, Vec parts[1]) {
+        parts[0] = load_row_words<true>(from, numbers);
+    }
+
+    VITFAST_INLINE_MEMBER static UVec bits(const bf16* from, int64_t lines) {
+        HVec value{};
+        if (from && lines > 0) __builtin_memcpy(&value, from, std::min<int64_t>(lines, kLanes) * sizeof(bf16));
+        return widen(value);
+    }
+
+    VITFAST_INLINE_MEMBER static void across(const bf16* first, const bf16* second, int64_t lines, Vec parts[1]) {
+        parts[0] = (Vec)(bits(first, lines) | bits(second, lines) << 16);
+    }
+};
+
+// The tile of up to 16 lines of a step that has `numbers` more numbers. kAlong: a line's numbers are neighbours, lines
+// are `stride` apart; else the other way round.
+template <bool kAlong, bool kRight, class Y>
+void pack_tile(const Y* x, int64_t stride, int64_t lines, int64_t numbers, uint32_t* to) {
+    constexpr bool kTranspose = kAlong == kRight;
+    constexpr int kParts = kTileParts<Y>;
+    alignas(64) uint32_t made[kParts * kTileWords];
+    uint32_t* const rows = kTranspose ? made : to;
+    constexpr int64_t kPitch = kTranspose ? kTileWords : kPartWords;
+    const bool whole = lines >= kTile && numbers >= kTileNumbers;
+#pragma GCC unroll 2
+    for (int64_t i = 0; i < kTile; ++i) {
+        Vec parts[kParts] = {};
+        if (kAlong) {
+            if (whole) {
+                Words<Y>::along(x + i * stride, kTileNumbers, parts);
+            } else if (i < lines) {
+                Words<Y>::along(x + i * stride, numbers, parts);
+            }
+        } else {
+            const int64_t first = i * Words<Y>::kFirst, second = first + Words<Y>::kSecond;
+            if (whole) {
+                __builtin_prefetch(x + (first + kTileNumbers) * stride);
+                __builtin_prefetch(x + (second + kTileNumbers) * stride);
+                Words<Y>::across(x + first * stride, x + second * stride, kTile, parts);
+            } else {
+                Words<Y>::across(first < numbers ? x + first * stride : nullptr,
+                                 second < numbers ? x + second * stride : nullptr, lines, parts);
+            }
+        }
+#pragma GCC unroll 3
+        for (int p = 0; p < kParts; ++p) store_words(rows + p * kPitch + i * kTile, parts[p]);
+    }
+    if constexpr (kTranspose) {
+        for (int p = 0; p < kParts; ++p) transpose_block(made + p * kTileWords, kTile, to + p * kPartWords, kTile);
+    }
+}
+
+// Lines of an operand, in blocks of `steps` steps each; the left operand's rows past its last line stay as they are.
+template <bool kAlong, bool kRight, class Y>
+void pack_lines(const Y* x, int64_t stride, int64_t lines, int64_t numbers, uint32_t* to) {
+    const int64_t steps = tile_steps(numbers), tiles = kRight ? tile_blocks(lines) * 2 : (lines + kTile - 1) / kTile;
+    const auto pack = [&](int64_t tile, int64_t step) __attribute__((always_inline)) {
+        const int64_t line = tile * kTile, number = step * kTileNumbers;
+        pack_tile<kAlong, kRight>(x + (kAlong ? line * stride + number : number * stride + line), stride, lines - line,
+                                  numbers - number,
+                                  to + (tile / 2 * steps + step) * kTileStep<Y> + tile % 2 * kTileWords);
+    };
+    if (kAlong) {
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+            for (int64_t step = 0; step < steps; ++step) pack(tile, step);
+        }
+    } else {
+        for (int64_t step = 0; step < steps; ++step) {
+            for (int64_t tile = 0; tile < tiles; ++tile) pack(tile, step);
+        }
+    }
+}
+
+// Blocks [begin, end) of the right operand.
+template <class Y>
+void pack_right(const RightOperand<Y>& right, int64_t begin, int64_t end, uint32_t* packed) {
+    const int64_t first = begin * kTileLines, count = std::min(end * kTileLines, right.outputs) - first;
+    uint32_t* const to = packed + begin * tile_steps(right.inputs) * kTileStep<Y>;
+    if (right.transposed) {
+        pack_lines<false, true>(right.x + first, right.row_stride, count, right.inputs, to);
+    } else {
+        pack_lines<true, true>(right.x + first * right.row_stride, right.row_stride, count, right.inputs, to);
+    }
+}
+
+// Rows [begin, end) of the left operand over the steps [from, to).
+template <class X, class Y>
+void pack_left(const Product<X, Y>& a, int64_t begin, int64_t end, int64_t from, int64_t to, uint32_t* packed) {
+    const int64_t start = from * kTileNumbers, numbers = std::min(a.inputs, to * kTileNumbers) - start;
+    if (a.transposed) {
+        pack_lines<false, false>(a.x + start * a.rows + begin, a.rows, end - begin, numbers, packed);
+    } else {
+        pack_lines<true, false>(a.x + begin * a.inputs + start, a.inputs, end - begin, numbers, packed);
+    }
+}
