@@ -195,6 +195,26 @@ def test_packed_weights_follow_the_limit(dtype: torch.dtype, monkeypatch: pytest
     assert calls(monkeypatch) == []
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_model_made_in_inference_mode(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its parameters are ordinary ones: packed once, followed when they change, and good for training afterwards."""
+    skip_unless_available("norm_attention", "cpu", dtype)
+    x = images(dtype)
+    with torch.inference_mode():
+        model = small().to(dtype)
+        assert not any(p.is_inference() for p in model.parameters())
+        before = model(x)
+        packed = weight_cache.size_bytes()
+        assert packed > 0 or dtype not in CpuKernels().own_dtypes
+        model.blocks[0].mlp.fc1.weight[0, 0] += 3.0
+        after = model(x)
+        assert weight_cache.size_bytes() == packed
+    assert calls(monkeypatch) == []
+    assert not torch.equal(before, after)
+    model.train()(x.clone()).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_wrong_number_of_parameters() -> None:
     x = torch.zeros(3, 8)
     with pytest.raises(RuntimeError, match="parameters has 2 tensors; needed: 18 for each block"):

@@ -91,9 +91,11 @@ def create_model(
         nearest = difflib.get_close_matches(name, list_models(), n=3, cutoff=0.4)
         hint = f"; nearest: {', '.join(nearest)}" if nearest else ""
         raise ValueError(f"unknown model name {name!r}{hint} (vitfast.list_models() has all {len(list_models())})")
-    with contextlib.nullcontext() if device is None else torch.device(device):
+    # Ordinary parameters also under torch.inference_mode: they can be trained later, and only they count their versions, by
+    # which packed weights are kept.
+    with torch.inference_mode(False), contextlib.nullcontext() if device is None else torch.device(device):
         model = make()
-    return model if dtype is None else model.to(dtype)
+        return model if dtype is None else model.to(dtype)
 
 
 def _baseline(

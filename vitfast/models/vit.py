@@ -100,6 +100,11 @@ class VisionTransformer(nn.Module):
     def _norm(self) -> LayerNorm:
         return LayerNorm(self.config.embed_dim, self.config.norm_eps, backend=self.config.backend)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VisionTransformer:
+        # .to(), .half(), .cuda() under torch.inference_mode: parameters stay ordinary ones, as create_model makes them.
+        with torch.inference_mode(False):
+            return super()._apply(fn, recurse)
+
     @torch.no_grad()
     def init_weights(self) -> None:
         """timm's start: truncated normal (std 0.02) for linear weights and positions, zero biases, tokens near zero.
