@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vitfast.ops.arguments import POINTWISE
 from vitfast.ops.int8_linear import int8_linear_ref
-from vitfast.ops.quantize import pack_weight, quantize_rows
+from vitfast.ops.quantize import pack_weight, pack_weight_for_tiles, quantize_rows
 
 # Rows, inputs, outputs. Tiles have 4 or 6 rows and 16 to 64 columns; 4 inputs share a word.
 SHAPES = [(197, 64, 192), (430, 20, 100), (5, 33, 70), (1, 16, 16), (211, 48, 130), (7, 3101, 20), (9, 2, 113)]
@@ -18,12 +18,16 @@ SHAPES = [(197, 64, 192), (430, 20, 100), (5, 33, 70), (1, 16, 16), (211, 48, 13
 capability = on_each(["portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"])
 
 
+def packed_for_this_cpu(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return pack_weight_for_tiles(weight) if C.cpu_capability() == "amx" else pack_weight(weight)
+
+
 def product(x: Tensor, weight: Tensor, **options) -> Tensor:
     residual = options.get("residual")
     dtype = x.dtype if residual is None else residual.dtype
     out = torch.full((x.shape[0], weight.shape[0]), float("nan"), dtype=options.get("dtype", dtype))
     norm = options.get("norm_weight"), options.get("norm_bias"), 1e-6
-    packed = options.get("packed") or pack_weight(weight)
+    packed = options.get("packed") or packed_for_this_cpu(weight)
     rest = options.get("bias"), options.get("activation", "none"), residual, options.get("scale")
     C.int8_linear(x, *norm, *packed, *rest, out)
     return out
@@ -63,7 +67,7 @@ def test_rows_get_their_nearest_levels(dtype: torch.dtype) -> None:
         x[4] = torch.arange(width) - width // 2 + 0.5  # ties
         x[5] *= 1e-38  # below what is told from 0
         quantized, scale = quantize_rows(x)
-        packed, start, _ = pack_weight(torch.eye(width) * 127)
+        packed, start, _ = packed_for_this_cpu(torch.eye(width) * 127)
         shown = product(x, torch.eye(width), packed=(packed, start, torch.ones(width)), dtype=torch.float32)
         assert torch.equal(shown, quantized * 127 * scale)
 
@@ -134,7 +138,7 @@ def test_nothing_to_do() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.zeros(6, 9)}, "packed has shape"),
+        ({"x": torch.zeros(6, 70)}, "packed has shape"),
         ({"x": torch.zeros(6, 8).double()}, "x has dtype"),
         ({"x": torch.zeros(1, 65540), "weight": torch.zeros(1, 65540)}, "x has 65540 columns"),
         ({"x": torch.zeros(8, 6).t()}, "x must be contiguous"),

@@ -190,6 +190,8 @@ def test_packed_weight_gives_the_same_bits(T: int, inputs: int, outputs: int, dt
 
 def test_packed_weight_of_another_size(capability: str) -> None:
     x, weight = torch.randn(3, 8), torch.randn(16, 8)
-    needed = 32 * 3 * 16 if capability == "amx" else 16 * 8  # in three parts, a block of 32 columns and a step of 16 words
+    needed = (
+        32 * 3 * 16 if capability == "amx" else 16 * 8
+    )  # in three parts, a block of 32 columns and a step of 16 words
     with pytest.raises(RuntimeError, match=rf"packed has shape \[127\]; needed: \[{needed}\]"):
         product(x, weight, packed=torch.zeros(127, dtype=torch.int32))

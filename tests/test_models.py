@@ -279,7 +279,9 @@ def test_representation_layer_is_a_tanh_before_the_head():
     features = model.forward_features(images)
     hidden = torch.tanh(model.pre_logits.fc(features[:, 0]))
     assert torch.allclose(model.forward_head(features, pre_logits=True), hidden)
-    torch.testing.assert_close(model(images), model.head(hidden), rtol=1e-5, atol=1e-6)  # one makes the last token alone
+    torch.testing.assert_close(
+        model(images), model.head(hidden), rtol=1e-5, atol=1e-6
+    )  # one makes the last token alone
 
 
 def test_initialisation_has_timms_statistics():

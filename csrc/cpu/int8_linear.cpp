@@ -1,15 +1,16 @@
+#include "int8_linear.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <vector>
 
 #include "check.h"
-#define VITFAST_WITH_AMX
 #define VITFAST_WITH_VNNI
 #include "isa.h"
-#include "linear.h"
 #include "scratch.h"
 #include "shares.h"
+#include "tile_linear.h"
 
 // Linear layers in 8-bit integers: weights scaled per output, rows of x scaled one by one when they arrive. Shapes:
 // T rows, I inputs (contracted), W = I / 4 rounded up words of 4 numbers, O outputs.
@@ -17,8 +18,7 @@ namespace vitfast {
 
 constexpr float kLeastMagnitude = 1e-30f;  // so that 127 / magnitude is finite; a row of less becomes 0
 constexpr int64_t kMostInputs = 65536;     // 255 * 127 * I fits 32 bits
-constexpr int64_t kBlockRows =
-    224;  // 7 blocks of AMX's tiles: what a panel read from L3 serves; 197 tokens are one block
+constexpr int64_t kBlockRows = 224;        // what a panel read from L3 serves; 197 tokens are one block
 
 template <class X>
 struct QuantizeRows {
@@ -28,20 +28,6 @@ struct QuantizeRows {
     float eps;
     uint8_t* q;
     float* scale;
-};
-
-// out = act(row_scale * weight_scale * (q - 128) w^T + bias), or residual + scale * that.
-template <class Y>
-struct Int8Product {
-    const uint8_t* q;
-    int64_t pitch, rows, outputs;
-    const uint32_t* packed;
-    const int32_t* start;  // of the sums: -128 * the sum of the weight's row
-    const float *row_scale, *weight_scale;
-    Parameter bias, scale;
-    Finish finish;
-    const Y* residual;
-    Y* out;
 };
 
 }  // namespace vitfast
@@ -79,6 +65,7 @@ void quantize(const QuantizeRows<X>& args, int64_t rows) {
 
 template <class Y>
 void multiply(const Int8Product<Y>& args) {
+    if (has_tiles()) return multiply_by_tiles(args, args.packed);
     const int64_t panels = panels_of(args.outputs), threads = torch::stable::get_num_threads();
     if (args.rows == 0 || panels == 0) return;
     int64_t blocks = (args.rows + kBlockRows - 1) / kBlockRows;
@@ -103,7 +90,8 @@ void multiply(const Int8Product<Y>& args) {
 // out[T, O] = act(y), or residual[T, O] + scale[O] * y, of y = x[T, I] w^T + bias[O] with w = weight_scale[O] * an
 // integer of -127..127 and the rows of x, after LayerNorm where norm_weight[I] is given, rounded to 255 levels each.
 // packed: the integers, 4 to a word, in panels of kPanelColumns outputs [W][columns], the columns of the last rounded
-// up to kPanelStep; what is beyond I and O is 0. start: -128 * each output's sum of integers, as long as the panels.
+// up to kPanelStep; or, by AMX's tiles, as tile_pack.h says. What is beyond I and O is 0. start: -128 * each output's
+// sum of integers, as long as the panels.
 void int8_linear(Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bias, double eps, Tensor packed,
                  Tensor start, Tensor weight_scale, OptionalTensor bias, std::string activation,
                  OptionalTensor residual, OptionalTensor scale, Tensor out) {
@@ -112,7 +100,8 @@ void int8_linear(Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bias,
     const int64_t rows = x.size(0), inputs = x.size(1), outputs = weight_scale.size(0), words = (inputs + 3) / 4;
     if (inputs > kMostInputs) fail("x has ", inputs, " columns; allowed: up to ", kMostInputs);
     const int64_t columns = (outputs + kPanelStep - 1) / kPanelStep * kPanelStep;
-    check("packed", packed, kCpu, {ScalarType::Int}, {columns * words});
+    const int64_t packed_words = has_tiles() ? tile_words<uint8_t>(inputs, outputs) : columns * words;
+    check("packed", packed, kCpu, {ScalarType::Int}, {packed_words});
     check("start", start, kCpu, {ScalarType::Int}, {columns});
     check_together("norm_weight", norm_weight, "norm_bias", norm_bias);
     check("norm_weight", norm_weight, kCpu, {kFloat}, {inputs});
@@ -123,20 +112,20 @@ void int8_linear(Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bias,
     if (finish != Finish::kNone && residual.has_value()) fail("residual goes with activation \"none\" only");
     if (!residual.has_value() && scale.has_value()) fail("scale goes with a residual only");
 
-    const Tensor q = torch::stable::new_empty(x, {rows, words * 4}, ScalarType::Byte);
-    const Tensor row_scale = torch::stable::new_empty(x, {rows}, kFloat);
+    Scratch scratch(rows * (words + 1));
+    uint8_t* const q = scratch.take<uint8_t>(rows * words);
+    float* const row_scale = scratch.take<float>(rows);
     with_dtype(x, [&](auto type) {
         using X = decltype(type);
         quantize(QuantizeRows<X>{data<X>(x), inputs, words * 4, data<float>(norm_weight), data<float>(norm_bias),
-                                 static_cast<float>(eps), mutable_data<uint8_t>(q), mutable_data<float>(row_scale)},
+                                 static_cast<float>(eps), q, row_scale},
                  rows);
     });
     with_dtype(out, [&](auto type) {
         using Y = decltype(type);
-        multiply(Int8Product<Y>{data<uint8_t>(q), words * 4, rows, outputs, data<uint32_t>(packed),
-                                data<int32_t>(start), data<float>(row_scale), data<float>(weight_scale),
-                                parameter("bias", bias, outputs), parameter("scale", scale, outputs), finish,
-                                data<Y>(residual), mutable_data<Y>(out)});
+        multiply(Int8Product<Y>{q, words * 4, rows, inputs, outputs, data<uint32_t>(packed), data<int32_t>(start),
+                                row_scale, data<float>(weight_scale), parameter("bias", bias, outputs),
+                                parameter("scale", scale, outputs), finish, data<Y>(residual), mutable_data<Y>(out)});
     });
 }
 

@@ -3,6 +3,10 @@
 #include "gemm.h"
 #include "layer_norm_row.h"
 #include "vec_math.h"
+// after those
+#include "parameter.h"
+// after that
+#include "int8_finish.h"
 
 constexpr int kPanelVecs = VITFAST_LEVEL >= 2 ? 4 : 2;  // of a register tile; divides a whole panel's
 
@@ -106,22 +110,11 @@ VITFAST_INLINE IVec madd(SVec a, SVec b) {
 VITFAST_INLINE IVec dot(Left a, Right b, IVec sum) { return sum + madd(a.even, b.even) + madd(a.odd, b.odd); }
 #endif
 
-VITFAST_INLINE IVec load_int(const void* from) {
-    IVec value;
-    __builtin_memcpy(&value, from, sizeof(value));
-    return value;
-}
-
-// sums[M, kPanelColumns] = start[columns] + left[M rows, words] * panel[words, columns], accumulators in registers.
+// sums[M, kPanelColumns] = left[M rows, words] * panel[words, columns], accumulators in registers.
 template <int M, int N>
-void int8_tile(const uint8_t* left, int64_t pitch, const uint32_t* panel, int64_t columns, int64_t words,
-               const int32_t* start, int32_t* sums, Ahead* ahead) {
-    IVec sum[M][N];
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) sum[m][n] = load_int(start + n * kLanes);
-    }
+void int8_tile(const uint8_t* left, int64_t pitch, const uint32_t* panel, int64_t columns, int64_t words, int32_t* sums,
+               Ahead* ahead) {
+    IVec sum[M][N] = {};
     for (int64_t first = 0; first < words; first += kAheadWords) {
         ahead->fetch();
         const int64_t last = std::min(words, first + kAheadWords);
@@ -148,105 +141,40 @@ void int8_tile(const uint8_t* left, int64_t pitch, const uint32_t* panel, int64_
 
 template <int N>
 VITFAST_INLINE void int8_tile_rows(int rows, const uint8_t* left, int64_t pitch, const uint32_t* panel, int64_t columns,
-                                   int64_t words, const int32_t* start, int32_t* sums, Ahead* ahead) {
+                                   int64_t words, int32_t* sums, Ahead* ahead) {
     switch (rows) {
         case 1:
-            return int8_tile<1, N>(left, pitch, panel, columns, words, start, sums, ahead);
+            return int8_tile<1, N>(left, pitch, panel, columns, words, sums, ahead);
         case 2:
-            return int8_tile<2, N>(left, pitch, panel, columns, words, start, sums, ahead);
+            return int8_tile<2, N>(left, pitch, panel, columns, words, sums, ahead);
         case 3:
-            return int8_tile<3, N>(left, pitch, panel, columns, words, start, sums, ahead);
+            return int8_tile<3, N>(left, pitch, panel, columns, words, sums, ahead);
         case 4:
-            return int8_tile<4, N>(left, pitch, panel, columns, words, start, sums, ahead);
+            return int8_tile<4, N>(left, pitch, panel, columns, words, sums, ahead);
 #if VITFAST_LEVEL >= 2
         case 5:
-            return int8_tile<5, N>(left, pitch, panel, columns, words, start, sums, ahead);
+            return int8_tile<5, N>(left, pitch, panel, columns, words, sums, ahead);
         case 6:
-            return int8_tile<6, N>(left, pitch, panel, columns, words, start, sums, ahead);
+            return int8_tile<6, N>(left, pitch, panel, columns, words, sums, ahead);
 #endif
     }
 }
 
 VITFAST_INLINE void int8_tile_any(int64_t vectors, int rows, const uint8_t* left, int64_t pitch, const uint32_t* panel,
-                                  int64_t columns, int64_t words, const int32_t* start, int32_t* sums, Ahead* ahead) {
+                                  int64_t columns, int64_t words, int32_t* sums, Ahead* ahead) {
     switch (vectors) {
 #if VITFAST_LEVEL >= 2
         case 1:
-            return int8_tile_rows<1>(rows, left, pitch, panel, columns, words, start, sums, ahead);
+            return int8_tile_rows<1>(rows, left, pitch, panel, columns, words, sums, ahead);
         case 2:
-            return int8_tile_rows<2>(rows, left, pitch, panel, columns, words, start, sums, ahead);
+            return int8_tile_rows<2>(rows, left, pitch, panel, columns, words, sums, ahead);
         case 3:
-            return int8_tile_rows<3>(rows, left, pitch, panel, columns, words, start, sums, ahead);
+            return int8_tile_rows<3>(rows, left, pitch, panel, columns, words, sums, ahead);
 #endif
         default:
-            return int8_tile_rows<kPanelVecs>(rows, left, pitch, panel, columns, words, start, sums, ahead);
+            return int8_tile_rows<kPanelVecs>(rows, left, pitch, panel, columns, words, sums, ahead);
     }
 }
-
-VITFAST_INLINE Vec load(const Parameter& p, int64_t at, int64_t n) {
-    return p.as_float ? load(p.as_float + at, n) : load(p.as_bf16 + at, n);
-}
-
-// Reads sums[rows, kPanelColumns] of output rows from `row` and columns [first, first + count); writes the outputs.
-template <class Activation, class Y>
-void finish_int8(const Int8Product<Y>& a, const int32_t* sums, int64_t row, int64_t rows, int64_t first,
-                 int64_t count) {
-    const bool biased = a.bias.as_float || a.bias.as_bf16, scaled = a.scale.as_float || a.scale.as_bf16;
-    for (int64_t i = 0; i < rows; ++i) {
-        const int64_t start = (row + i) * a.outputs + first;
-        const float row_scale = a.row_scale[row + i];
-        for (int64_t j = 0; j < count; j += kLanes) {
-            const int64_t n = count - j;
-            const Vec sum = __builtin_convertvector(load_int(sums + i * kPanelColumns + j), Vec);
-            const Vec bias = biased ? load(a.bias, first + j, n) : Vec{};
-            Vec value = fma(sum, load(a.weight_scale + first + j, n) * row_scale, bias);
-            if constexpr (!std::is_void_v<Activation>) {
-                value = Activation::value(value);
-            } else if (a.residual) {
-                const Vec residual = load(a.residual + start + j, n);
-                value = scaled ? fma(value, load(a.scale, first + j, n), residual) : value + residual;
-            }
-            store(a.out + start + j, value, n);
-        }
-    }
-}
-
-template <class Y>
-void finish_int8(const Int8Product<Y>& a, const int32_t* sums, int64_t row, int64_t rows, int64_t first,
-                 int64_t count) {
-    constexpr bool kFast = std::is_same_v<Y, bf16>;
-    switch (a.finish) {
-        case Finish::kGelu:
-            return finish_int8<Gelu<kFast>>(a, sums, row, rows, first, count);
-        case Finish::kGeluTanh:
-            return finish_int8<GeluTanh<kFast>>(a, sums, row, rows, first, count);
-        case Finish::kQuickGelu:
-            return finish_int8<Silu<true, kFast>>(a, sums, row, rows, first, count);
-        case Finish::kNone:
-            return finish_int8<void>(a, sums, row, rows, first, count);
-    }
-}
-
-#if VITFAST_AMX
-// Output rows [begin, end), at most kBlockRows, of the panel `index`; meanwhile the next one comes into L2.
-template <class Y>
-void multiply_int8_by_tiles(const Int8Product<Y>& a, int64_t begin, int64_t end, int64_t index, const uint32_t* panel,
-                            Ahead next, int32_t* sums) {
-    static_assert(kGroupWidth == kPanelColumns);
-    const int64_t words = a.pitch / 4, columns = panel_columns(a.outputs, index), first = index * kPanelColumns;
-    const int64_t count = std::min(kPanelColumns, a.outputs - first);
-    for (int64_t i = 0; i < end - begin; ++i) std::copy_n(a.start + first, columns, sums + i * kPanelColumns);
-    const Operand left{reinterpret_cast<const uint32_t*>(a.q + begin * a.pitch), words, 1};
-    Streams streams{next, {}, {}};
-    multiply_panel_by_tiles<true>(
-        left, panel, end - begin, columns, words, sums, true, &streams,
-        [&](int64_t m, int64_t height, int64_t times) {
-            const int64_t start = (begin + m) * a.outputs + first;
-            stream_outputs(&streams, a.out, a.residual, start, height, count, a.outputs, times);
-        },
-        [&](int64_t m, int64_t height, const int32_t* made) { finish_int8(a, made, begin + m, height, first, count); });
-}
-#endif
 
 // Output rows [begin, end), at most kBlockRows, of the panels [first, last); sums: kBlockRows * kPanelColumns numbers
 // of scratch.
@@ -259,14 +187,8 @@ void multiply_int8(const Int8Product<Y>& a, int64_t begin, int64_t end, int64_t 
         const uint32_t* const panel = a.packed + at * words;
         // The next panel comes into L2 while this one is in use.
         const int64_t next = index + 1 < last ? panel_columns(a.outputs, index + 1) * words * 4 : 0;
-        const int64_t steps = VITFAST_AMX ? (rows + 31) / 32 * 2 * ((words + 15) / 16)
-                                          : tiles * ((words + kAheadWords - 1) / kAheadWords);
-        const int64_t times = std::max<int64_t>(1, steps);
+        const int64_t times = std::max<int64_t>(1, tiles * ((words + kAheadWords - 1) / kAheadWords));
         Ahead ahead{reinterpret_cast<const char*>(panel + columns * words), next > 0, next, 0, next / 64 / times + 1};
-#if VITFAST_AMX
-        multiply_int8_by_tiles(a, begin, end, index, panel, ahead, sums);
-        continue;
-#endif
         for (int64_t tile = 0; tile < tiles; ++tile) {
             const int64_t m = begin + rows * tile / tiles, height = begin + rows * (tile + 1) / tiles - m;
             for (int64_t i = 0; i < height; ++i) {
@@ -276,10 +198,9 @@ void multiply_int8(const Int8Product<Y>& a, int64_t begin, int64_t end, int64_t 
             }
             for (int64_t j = 0; j < columns; j += kPanelVecs * kLanes) {
                 const int64_t vectors = std::min<int64_t>(kPanelVecs, (columns - j) / kLanes);
-                int8_tile_any(vectors, height, a.q + m * a.pitch, a.pitch, panel + j, columns, words, a.start + at + j,
-                              sums + j, &ahead);
+                int8_tile_any(vectors, height, a.q + m * a.pitch, a.pitch, panel + j, columns, words, sums + j, &ahead);
             }
-            finish_int8(a, sums, m, height, at, count);
+            finish_rows(a, sums, kPanelColumns, m, height, at, count);
         }
     }
 }

@@ -1,9 +1,5 @@
 // What becomes of a product's sums. Included by kernels after vec.h and vec_math.h.
 
-VITFAST_INLINE Vec load(const Parameter& p, int64_t at, int64_t n) {
-    return p.as_float ? load(p.as_float + at, n) : load(p.as_bf16 + at, n);
-}
-
 // Reads sums[rows] (sums_row numbers apart) of output rows from `row` and columns [first, first + count); writes the
 // outputs.
 template <class Activation, class X, class Y>
@@ -40,11 +36,16 @@ void finish_rows(const Product<X, Y>& a, const float* sums, int64_t sums_row, in
                  int64_t count) {
     if constexpr (std::is_same_v<X, Y>) {
         constexpr bool kFast = std::is_same_v<Y, bf16>;
-        if (a.finish == Finish::kGelu) return finish_rows<Gelu<kFast>>(a, sums, sums_row, row, rows, first, count);
-        if (a.finish == Finish::kGeluTanh)
-            return finish_rows<GeluTanh<kFast>>(a, sums, sums_row, row, rows, first, count);
-        if (a.finish == Finish::kQuickGelu)
-            return finish_rows<Silu<true, kFast>>(a, sums, sums_row, row, rows, first, count);
+        switch (a.finish) {
+            case Finish::kGelu:
+                return finish_rows<Gelu<kFast>>(a, sums, sums_row, row, rows, first, count);
+            case Finish::kGeluTanh:
+                return finish_rows<GeluTanh<kFast>>(a, sums, sums_row, row, rows, first, count);
+            case Finish::kQuickGelu:
+                return finish_rows<Silu<true, kFast>>(a, sums, sums_row, row, rows, first, count);
+            case Finish::kNone:
+                break;
+        }
     }
     finish_rows<void>(a, sums, sums_row, row, rows, first, count);
 }

@@ -5,6 +5,8 @@
 #include "vec_math.h"
 // after those
 #include "few_rows.h"
+#include "parameter.h"
+// after that
 #include "linear_finish.h"
 
 constexpr int kPanelVecs = VITFAST_LEVEL >= 2 ? 4 : 2;  // of a register tile; divides a whole panel's

@@ -75,19 +75,13 @@ void pack_tiles(const RightOperand<Y>& right, uint32_t* packed) {
     });
 }
 
-template <class X, class Y>
-void multiply_by_tiles(const Product<X, Y>& args, const RightOperand<Y>& right) {
+template <class P>
+void multiply_by_tiles(const P& args, const uint32_t* packed) {
+    using Number = typename P::Number;
     if (args.rows == 0 || args.outputs == 0) return;
-    const int64_t all_words = right.packed ? 0 : tile_words<Y>(args.inputs, args.outputs);
-    Scratch packed(all_words);
-    const uint32_t* words = right.packed;
-    if (!words) {
-        uint32_t* const made = packed.take<uint32_t>(all_words);
-        pack_tiles(right, made);
-        words = made;
-    }
-    const int64_t units = tile_blocks(args.rows), blocks = tile_blocks(args.outputs), steps = tile_steps(args.inputs);
-    const int64_t most = kMostSteps / kTileParts<Y>, turns = std::max<int64_t>(1, (steps + most - 1) / most);
+    const int64_t units = tile_blocks(args.rows), blocks = tile_blocks(args.outputs),
+                  steps = tile_steps<Number>(args.inputs);
+    const int64_t most = kMostSteps / kTileParts<Number>, turns = std::max<int64_t>(1, (steps + most - 1) / most);
     const Work work = split_work(units, blocks, torch::stable::get_num_threads());
     const int64_t items = work.blocks * work.parts;
     const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), items);
@@ -95,11 +89,11 @@ void multiply_by_tiles(const Product<X, Y>& args, const RightOperand<Y>& right) 
     const int64_t most_blocks = (blocks + work.parts - 1) / work.parts;
     Shares shares(items, threads);
     torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
-        const int64_t left_words = most_units * most_steps * kTileStep<Y>;
+        const int64_t left_words = most_units * most_steps * kTileStep<Number>;
         const int64_t sums_words = (turns == 1 ? most_units + 1 : most_units * most_blocks) * kTileLines * kTileLines;
         Scratch scratch(left_words + sums_words);
         uint32_t* const left = scratch.take<uint32_t>(left_words);
-        float* const sums = scratch.take<float>(sums_words);
+        auto* const sums = scratch.take<typename P::Sum>(sums_words);
         int64_t packed_block = -1;
         for (int64_t i; shares.take(thread, &i);) {
             const int64_t block = i / work.parts, part = i % work.parts;
@@ -111,15 +105,28 @@ void multiply_by_tiles(const Product<X, Y>& args, const RightOperand<Y>& right) 
                 if (turns > 1 || packed_block != block) {
                     VITFAST_AMX_TILES::pack_left(args, begin, end, from, to, left);
                 }
-                VITFAST_AMX_TILES::multiply_rows_by_tiles(args, left, words, begin, end, first, last, from, to, sums);
+                VITFAST_AMX_TILES::multiply_rows_by_tiles(args, left, packed, begin, end, first, last, from, to, sums);
             }
             packed_block = block;
         }
     });
 }
+
+template <class X, class Y>
+void multiply_by_tiles(const Product<X, Y>& args, const RightOperand<Y>& right) {
+    if (right.packed) return multiply_by_tiles(args, right.packed);
+    const int64_t words = tile_words<Y>(args.inputs, args.outputs);
+    Scratch scratch(words);
+    uint32_t* const packed = scratch.take<uint32_t>(words);
+    pack_tiles(right, packed);
+    multiply_by_tiles(args, packed);
+}
 #else
 template <class Y>
 void pack_tiles(const RightOperand<Y>&, uint32_t*) {}
+
+template <class P>
+void multiply_by_tiles(const P&, const uint32_t*) {}
 
 template <class X, class Y>
 void multiply_by_tiles(const Product<X, Y>&, const RightOperand<Y>&) {}
@@ -130,5 +137,7 @@ template void pack_tiles(const RightOperand<bf16>&, uint32_t*);
 template void multiply_by_tiles(const Product<float, float>&, const RightOperand<float>&);
 template void multiply_by_tiles(const Product<float, bf16>&, const RightOperand<bf16>&);
 template void multiply_by_tiles(const Product<bf16, bf16>&, const RightOperand<bf16>&);
+template void multiply_by_tiles(const Int8Product<float>&, const uint32_t*);
+template void multiply_by_tiles(const Int8Product<bf16>&, const uint32_t*);
 
 }  // namespace vitfast

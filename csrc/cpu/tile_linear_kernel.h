@@ -4,6 +4,9 @@
 #include "gemm.h"
 #include "vec_math.h"
 // after those
+#include "parameter.h"
+// after that
+#include "int8_finish.h"
 #include "linear_finish.h"
 #include "tile_pack.h"
 
@@ -59,16 +62,40 @@ VITFAST_INLINE void add_products(float, const uint32_t* a, const uint32_t* b, in
 
 template <bool kLower, bool kRight, class Between>
 VITFAST_INLINE void add_products(bf16, const uint32_t* a, const uint32_t* b, int64_t steps, Between& between) {
-    // clang-format off
     for (int64_t step = 0; step < steps; ++step) {
-        VITFAST_UPPER(0) VITFAST_LEFT(0)  VITFAST_UPPER_LEFT  between.fetch();
-        VITFAST_LOWER(0)                  VITFAST_LOWER_LEFT  between.fetch();
-        VITFAST_RIGHT(0)                  VITFAST_UPPER_RIGHT between.finish(step);
-                                          VITFAST_LOWER_RIGHT
+        VITFAST_UPPER(0)
+        VITFAST_LEFT(0)
+        _tile_dpbf16ps(0, 4, 6);
+        between.fetch();
+        VITFAST_LOWER(0)
+        if constexpr (kLower) _tile_dpbf16ps(2, 5, 6);
+        between.fetch();
+        VITFAST_RIGHT(0)
+        if constexpr (kRight) _tile_dpbf16ps(1, 4, 7);
+        between.finish(step);
+        if constexpr (kLower && kRight) _tile_dpbf16ps(3, 5, 7);
         a += kTileStep<bf16>;
         b += kTileStep<bf16>;
     }
-    // clang-format on
+}
+
+template <bool kLower, bool kRight, class Between>
+VITFAST_INLINE void add_products(uint8_t, const uint32_t* a, const uint32_t* b, int64_t steps, Between& between) {
+    for (int64_t step = 0; step < steps; ++step) {
+        VITFAST_UPPER(0)
+        VITFAST_LEFT(0)
+        _tile_dpbusd(0, 4, 6);
+        between.fetch();
+        VITFAST_LOWER(0)
+        if constexpr (kLower) _tile_dpbusd(2, 5, 6);
+        between.fetch();
+        VITFAST_RIGHT(0)
+        if constexpr (kRight) _tile_dpbusd(1, 4, 7);
+        between.finish(step);
+        if constexpr (kLower && kRight) _tile_dpbusd(3, 5, 7);
+        a += kTileStep<uint8_t>;
+        b += kTileStep<uint8_t>;
+    }
 }
 
 #undef VITFAST_UPPER
@@ -84,10 +111,10 @@ constexpr int64_t kBlockSums = kTileLines * kTileLines;
 constexpr int64_t kSumsRow = kTileLines;
 
 // sums[rows, 16 or (kRight) 32 columns] = (or +=) A * B over `steps` steps; rows as configured, kLower: more than 16.
-template <class Y, bool kLower, bool kRight, class Between>
-VITFAST_INLINE void multiply_packed(const uint32_t* a, const uint32_t* b, int64_t steps, float* sums, bool add,
-                                    Between& between) {
-    float* const lower = sums + kTile * kSumsRow;
+template <class P, bool kLower, bool kRight, class Between>
+VITFAST_INLINE void multiply_packed(const uint32_t* a, const uint32_t* b, int64_t steps, typename P::Sum* sums,
+                                    bool add, Between& between) {
+    typename P::Sum* const lower = sums + kTile * kSumsRow;
     constexpr int64_t kPitch = kSumsRow * sizeof(float);
     settle_memory();
     if (add) {
@@ -101,7 +128,7 @@ VITFAST_INLINE void multiply_packed(const uint32_t* a, const uint32_t* b, int64_
         if constexpr (kLower) _tile_zero(2);
         if constexpr (kLower && kRight) _tile_zero(3);
     }
-    add_products<kLower, kRight>(Y{}, a, b, steps, between);
+    add_products<kLower, kRight>(typename P::Number{}, a, b, steps, between);
     _tile_stored(0, sums, kPitch);
     if constexpr (kRight) _tile_stored(1, sums + kTile, kPitch);
     if constexpr (kLower) _tile_stored(2, lower, kPitch);
@@ -109,31 +136,32 @@ VITFAST_INLINE void multiply_packed(const uint32_t* a, const uint32_t* b, int64_
     settle_memory();
 }
 
-template <class Y, class Between>
+template <class P, class Between>
 VITFAST_INLINE void multiply_packed(int64_t rows, int64_t columns, const uint32_t* a, const uint32_t* b, int64_t steps,
-                                    float* sums, bool add, Between& between) {
-    if (rows > kTile && columns > kTile) return multiply_packed<Y, true, true>(a, b, steps, sums, add, between);
-    if (rows > kTile) return multiply_packed<Y, true, false>(a, b, steps, sums, add, between);
-    if (columns > kTile) return multiply_packed<Y, false, true>(a, b, steps, sums, add, between);
-    multiply_packed<Y, false, false>(a, b, steps, sums, add, between);
+                                    typename P::Sum* sums, bool add, Between& between) {
+    if (rows > kTile && columns > kTile) return multiply_packed<P, true, true>(a, b, steps, sums, add, between);
+    if (rows > kTile) return multiply_packed<P, true, false>(a, b, steps, sums, add, between);
+    if (columns > kTile) return multiply_packed<P, false, true>(a, b, steps, sums, add, between);
+    multiply_packed<P, false, false>(a, b, steps, sums, add, between);
 }
 
 // What is done while the tiles multiply a block: the next block of the right operand comes into L2, evenly, as the
 // tiles' own loads wait for the same buffers; and the rows of the block before are finished.
-template <class X, class Y>
+template <class P>
 struct Meanwhile {
-    static constexpr int64_t kFetches = std::is_same_v<Y, float> ? 8 : 2;  // in each step
-    const Product<X, Y>& a;
+    using Number = typename P::Number;
+    static constexpr int64_t kFetches = std::is_same_v<Number, float> ? 8 : 2;  // in each step
+    const P& a;
     const char* next = nullptr;
     int64_t lines = 0;  // at each fetch
     int64_t steps = 1;  // until the rows have to be finished
     Streams streams{{}, {}, {}};
-    const float* sums = nullptr;  // of the block before
+    const typename P::Sum* sums = nullptr;  // of the block before
     int64_t row = 0, rows = 0, first = 0, count = 0, done = 0;
 
     void prepare(const uint32_t* right, int64_t right_steps, int64_t units) {
         next = reinterpret_cast<const char*>(right);
-        const int64_t all = right_steps * kTileStep<Y> * sizeof(uint32_t) / 64;
+        const int64_t all = right_steps * kTileStep<Number> * sizeof(uint32_t) / 64;
         lines = all / std::max<int64_t>(1, units * right_steps * kFetches) + 1;
     }
 
@@ -154,7 +182,7 @@ struct Meanwhile {
         done = end;
     }
 
-    void begin(const float* made, int64_t from, int64_t height, int64_t column, int64_t columns) {
+    void begin(const typename P::Sum* made, int64_t from, int64_t height, int64_t column, int64_t columns) {
         sums = made;
         row = from;
         rows = height;
@@ -166,24 +194,25 @@ struct Meanwhile {
 
 // Steps whose part of a right block stays in L1 while the rows pass: 24 KiB. fp32's parts take three times as much, and
 // their products so much longer that L2 delivers as well.
-template <class Y>
-constexpr int64_t kHotSteps = std::is_same_v<Y, float> ? 1 << 20 : 12;
+template <class Number>
+constexpr int64_t kHotSteps = std::is_same_v<Number, float> ? 1 << 20 : 12;
 
 // Output rows [begin, end) and the columns of the blocks [first, last), over the steps [from, to). left: packed rows of
 // those steps; right: all of the packed operand. sums: of one block more than there are of rows, or, where `from` and
 // `to` are not all steps, of all blocks, with the sums of the steps before; finished when `to` is the last step.
-template <class X, class Y>
-void multiply_rows_by_tiles(const Product<X, Y>& a, const uint32_t* left, const uint32_t* right, int64_t begin,
-                            int64_t end, int64_t first, int64_t last, int64_t from, int64_t to, float* sums) {
-    const int64_t all_steps = tile_steps(a.inputs), steps = to - from, units = tile_blocks(end - begin);
+template <class P>
+void multiply_rows_by_tiles(const P& a, const uint32_t* left, const uint32_t* right, int64_t begin, int64_t end,
+                            int64_t first, int64_t last, int64_t from, int64_t to, typename P::Sum* sums) {
+    using Number = typename P::Number;
+    const int64_t all_steps = tile_steps<Number>(a.inputs), steps = to - from, units = tile_blocks(end - begin);
     const bool at_once = steps == all_steps;
-    const int64_t parts = std::max<int64_t>(1, (steps + kHotSteps<Y> - 1) / kHotSteps<Y>);
+    const int64_t parts = std::max<int64_t>(1, (steps + kHotSteps<Number> - 1) / kHotSteps<Number>);
     int64_t configured = 0;
-    Meanwhile<X, Y> between{a};
+    Meanwhile<P> between{a};
     for (int64_t index = first; index < last; ++index) {
         const int64_t column = index * kTileLines, count = std::min(kTileLines, a.outputs - column);
-        const uint32_t* const block = right + (index * all_steps + from) * kTileStep<Y>;
-        between.prepare(index + 1 < last ? block + all_steps * kTileStep<Y> : block, steps, units);
+        const uint32_t* const block = right + (index * all_steps + from) * kTileStep<Number>;
+        between.prepare(index + 1 < last ? block + all_steps * kTileStep<Number> : block, steps, units);
         for (int64_t part = 0; part < parts; ++part) {
             const int64_t hot = steps * part / parts, hot_end = steps * (part + 1) / parts;
             const bool finish = to == all_steps && part == parts - 1;
@@ -192,13 +221,13 @@ void multiply_rows_by_tiles(const Product<X, Y>& a, const uint32_t* left, const 
                 const int64_t row = begin + unit * kTileLines, height = std::min(end - row, kTileLines);
                 if (configured != height) configure_tiles(configured = height);
                 const int64_t slot = (index - first) * units + unit;
-                float* const block_sums = sums + (at_once ? slot % (units + 1) : slot) * kBlockSums;
+                typename P::Sum* const block_sums = sums + (at_once ? slot % (units + 1) : slot) * kBlockSums;
                 if (finish) {
                     stream_outputs(&between.streams, a.out, a.residual, row * a.outputs + column, height, count,
                                    a.outputs, between.steps);
                 }
-                multiply_packed<Y>(height, count, left + (unit * steps + hot) * kTileStep<Y>,
-                                   block + hot * kTileStep<Y>, hot_end - hot, block_sums, from + hot > 0, between);
+                multiply_packed<P>(height, count, left + (unit * steps + hot) * kTileStep<Number>,
+                                   block + hot * kTileStep<Number>, hot_end - hot, block_sums, from + hot > 0, between);
                 between.finish_to(kTileLines);
                 if (finish) between.begin(block_sums, row, height, column, count);
             }

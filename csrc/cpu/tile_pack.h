@@ -60,6 +60,15 @@ struct Words<bf16> {
     }
 };
 
+template <>
+struct Words<uint8_t> {  // of whole words, up to a row's end
+    VITFAST_INLINE_MEMBER static void along(const uint8_t* from, int64_t numbers, Vec parts[1]) {
+        alignas(64) uint8_t buffer[64] = {};
+        if (numbers < 64) __builtin_memcpy(buffer, from, (numbers + 3) / 4 * 4);
+        parts[0] = load_words(reinterpret_cast<const uint32_t*>(numbers < 64 ? buffer : from));
+    }
+};
+
 // The tile of up to 16 lines of a step that has `numbers` more numbers. kAlong: a line's numbers are neighbours, lines
 // are `stride` apart; else the other way round.
 template <bool kAlong, bool kRight, class Y>
@@ -69,21 +78,21 @@ void pack_tile(const Y* x, int64_t stride, int64_t lines, int64_t numbers, uint3
     alignas(64) uint32_t made[kParts * kTileWords];
     uint32_t* const rows = kTranspose ? made : to;
     constexpr int64_t kPitch = kTranspose ? kTileWords : kPartWords;
-    const bool whole = lines >= kTile && numbers >= kTileNumbers;
+    const bool whole = lines >= kTile && numbers >= kTileNumbers<Y>;
 #pragma GCC unroll 2
     for (int64_t i = 0; i < kTile; ++i) {
         Vec parts[kParts] = {};
-        if (kAlong) {
+        if constexpr (kAlong) {
             if (whole) {
-                Words<Y>::along(x + i * stride, kTileNumbers, parts);
+                Words<Y>::along(x + i * stride, kTileNumbers<Y>, parts);
             } else if (i < lines) {
                 Words<Y>::along(x + i * stride, numbers, parts);
             }
         } else {
             const int64_t first = i * Words<Y>::kFirst, second = first + Words<Y>::kSecond;
             if (whole) {
-                __builtin_prefetch(x + (first + kTileNumbers) * stride);
-                __builtin_prefetch(x + (second + kTileNumbers) * stride);
+                __builtin_prefetch(x + (first + kTileNumbers<Y>)*stride);
+                __builtin_prefetch(x + (second + kTileNumbers<Y>)*stride);
                 Words<Y>::across(x + first * stride, x + second * stride, kTile, parts);
             } else {
                 Words<Y>::across(first < numbers ? x + first * stride : nullptr,
@@ -101,9 +110,9 @@ void pack_tile(const Y* x, int64_t stride, int64_t lines, int64_t numbers, uint3
 // Lines of an operand, in blocks of `steps` steps each; the left operand's rows past its last line stay as they are.
 template <bool kAlong, bool kRight, class Y>
 void pack_lines(const Y* x, int64_t stride, int64_t lines, int64_t numbers, uint32_t* to) {
-    const int64_t steps = tile_steps(numbers), tiles = kRight ? tile_blocks(lines) * 2 : (lines + kTile - 1) / kTile;
+    const int64_t steps = tile_steps<Y>(numbers), tiles = kRight ? tile_blocks(lines) * 2 : (lines + kTile - 1) / kTile;
     const auto pack = [&](int64_t tile, int64_t step) __attribute__((always_inline)) {
-        const int64_t line = tile * kTile, number = step * kTileNumbers;
+        const int64_t line = tile * kTile, number = step * kTileNumbers<Y>;
         pack_tile<kAlong, kRight>(x + (kAlong ? line * stride + number : number * stride + line), stride, lines - line,
                                   numbers - number,
                                   to + (tile / 2 * steps + step) * kTileStep<Y> + tile % 2 * kTileWords);
@@ -123,7 +132,7 @@ void pack_lines(const Y* x, int64_t stride, int64_t lines, int64_t numbers, uint
 template <class Y>
 void pack_right(const RightOperand<Y>& right, int64_t begin, int64_t end, uint32_t* packed) {
     const int64_t first = begin * kTileLines, count = std::min(end * kTileLines, right.outputs) - first;
-    uint32_t* const to = packed + begin * tile_steps(right.inputs) * kTileStep<Y>;
+    uint32_t* const to = packed + begin * tile_steps<Y>(right.inputs) * kTileStep<Y>;
     if (right.transposed) {
         pack_lines<false, true>(right.x + first, right.row_stride, count, right.inputs, to);
     } else {
@@ -134,10 +143,16 @@ void pack_right(const RightOperand<Y>& right, int64_t begin, int64_t end, uint32
 // Rows [begin, end) of the left operand over the steps [from, to).
 template <class X, class Y>
 void pack_left(const Product<X, Y>& a, int64_t begin, int64_t end, int64_t from, int64_t to, uint32_t* packed) {
-    const int64_t start = from * kTileNumbers, numbers = std::min(a.inputs, to * kTileNumbers) - start;
+    const int64_t start = from * kTileNumbers<Y>, numbers = std::min(a.inputs, to * kTileNumbers<Y>) - start;
     if (a.transposed) {
         pack_lines<false, false>(a.x + start * a.rows + begin, a.rows, end - begin, numbers, packed);
     } else {
         pack_lines<true, false>(a.x + begin * a.inputs + start, a.inputs, end - begin, numbers, packed);
     }
+}
+
+template <class Y>
+void pack_left(const Int8Product<Y>& a, int64_t begin, int64_t end, int64_t from, int64_t to, uint32_t* packed) {
+    const int64_t start = from * kTileNumbers<uint8_t>, last = std::min(a.inputs, to * kTileNumbers<uint8_t>);
+    pack_lines<true, false>(a.q + begin * a.pitch + start, a.pitch, end - begin, last - start, packed);
 }

@@ -15,6 +15,7 @@ from torch.nn import functional as nn_functional
 LEVELS = 127
 _LEAST_MAGNITUDE = 1e-30  # so that LEVELS / magnitude is finite; a row of less becomes 0
 PANEL_COLUMNS, PANEL_STEP = 64, 16  # as in csrc/cpu/linear.h
+TILE_ROWS, TILE_BYTES = 16, 64  # of AMX, as in csrc/cpu/tile_pack.h
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,10 +42,35 @@ def pack_weight(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     other, each word holding 4 neighbours along I; int32 -128 times the sum of each output's integers, which makes up for
     activations being stored plus 128; fp32 [O].
     """
-    integers, scale = quantize_rows(weight.contiguous())
-    outputs, inputs = weight.shape
-    padded = nn_functional.pad(integers.to(torch.int8), (0, -inputs % 4, 0, -outputs % PANEL_STEP))
-    words = padded.view(torch.int32) if inputs else padded.new_empty(padded.shape[0], 0, dtype=torch.int32)
+    integers, start, scale = _integers(weight)
+    words = _words(integers, PANEL_STEP, 4)
     panels = [panel.t().flatten() for panel in words.split(PANEL_COLUMNS)]
-    packed = torch.cat(panels) if panels else words.flatten()
-    return packed, -128 * padded.sum(1, dtype=torch.int32), scale.flatten()
+    return torch.cat(panels) if panels else words.flatten(), start, scale
+
+
+def pack_weight_for_tiles(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, the words for AMX: int32 [O / 32, I / 64, 2, 16 words, 16 outputs], both counts rounded up."""
+    integers, start, scale = _integers(weight)
+    words = _words(integers, 2 * TILE_ROWS, TILE_BYTES)
+    blocks, steps = words.shape[0] // (2 * TILE_ROWS), words.shape[1] // (TILE_BYTES // 4)
+    tiles = words.view(blocks, 2, TILE_ROWS, steps, TILE_BYTES // 4)  # block, tile, output, step, word
+    return tiles.permute(0, 3, 1, 4, 2).flatten(), start, scale
+
+
+def _integers(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """int8 [O, I], the start of each output's sums, its outputs rounded up to PANEL_STEP, and the scales [O]."""
+    integers, scale = quantize_rows(weight.contiguous())
+    start = -128 * nn_functional.pad(
+        integers.to(torch.int32).sum(1, dtype=torch.int32), (0, -weight.shape[0] % PANEL_STEP)
+    )
+    return integers.to(torch.int8), start, scale.flatten()
+
+
+def _words(integers: Tensor, lines: int, numbers: int) -> Tensor:
+    """int32 [O, I / 4], with zeros up to whole ``lines`` and ``numbers``."""
+    padded = nn_functional.pad(integers, (0, -integers.shape[1] % numbers, 0, -integers.shape[0] % lines))
+    return (
+        padded.view(torch.int32)
+        if padded.numel()
+        else padded.new_empty(padded.shape[0], padded.shape[1] // 4, dtype=torch.int32)
+    )

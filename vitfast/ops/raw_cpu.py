@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .arguments import POINTWISE, nothing
-from .quantize import pack_weight
+from .quantize import pack_weight, pack_weight_for_tiles
 from .raw import RawKernels, even_lengths, f32
 from .weight_cache import Kept, derived, kept
 
@@ -20,7 +20,7 @@ class CpuKernels(RawKernels):
         super().__init__()
         capability = self.functions.cpu_capability()
         self.own_dtypes = {torch.float32} if capability.startswith("avx512") or capability == "amx" else set()
-        self.splits = capability == "amx"
+        self.has_tiles = capability == "amx"
         # Without tiles of our own (an old compiler) oneDNN's are faster.
         if capability == "amx" or (capability == "avx512_bf16" and not torch.cpu._is_amx_tile_supported()):
             self.own_dtypes.add(torch.bfloat16)
@@ -138,7 +138,7 @@ class CpuKernels(RawKernels):
         scale: Tensor | None,
         dtype: torch.dtype,
     ) -> Tensor:
-        packed = derived(weight, "int8", pack_weight)
+        packed = derived(weight, "int8", pack_weight_for_tiles if self.has_tiles else pack_weight)
         out = x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
         norm = f32(norm_weight), f32(norm_bias), eps
         self.functions.int8_linear(x, *norm, *packed, bias, activation, residual, scale, out)
@@ -168,7 +168,9 @@ class CpuKernels(RawKernels):
         """A contiguous weight packed for our products, as kept from an earlier call or from now on; None: not ours, or not kept."""
         if weight.dtype not in self.own_dtypes:
             return None
-        size = 6 if self.splits and weight.dtype == torch.float32 else weight.element_size()  # fp32 as three bf16 parts
+        size = (
+            6 if self.has_tiles and weight.dtype == torch.float32 else weight.element_size()
+        )  # fp32 as three bf16 parts
         return kept(weight, "panels", self.functions.pack_linear_weight, weight.numel() * size)
 
     def _linear(self, x: Tensor, weight: Tensor, transposed: bool, *rest: Any) -> None:
