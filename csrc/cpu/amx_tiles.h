@@ -1,5 +1,5 @@
-// Products by AMX's tiles: 16 x 16 sums of 16 words, a word being two bf16 or four 8-bit numbers that are neighbours
-// along the contracted axis. Included by gemm.h where VITFAST_AMX.
+// Attention's products by AMX's tiles: 16 x 16 sums of 16 words, a word being two bf16 that are neighbours along the
+// contracted axis. Linear layers have tile_linear_kernel.h. Included by gemm.h where VITFAST_AMX.
 // Tiles 0 to 3: sums (0, 1: upper rows, left and right columns; 2, 3: lower rows). 4, 5: left operand, upper and lower
 // rows. 6, 7: right operand, left and right columns.
 
@@ -8,18 +8,6 @@ constexpr int64_t kBlockHeight = 32;  // rows of a register block: two tiles
 constexpr int64_t kBlockWidth = 32;   // and columns
 constexpr int64_t kGroupWidth = 64;   // columns whose words stay in L1 while all rows pass:
 constexpr int64_t kGroupWords = 128;  // 64 x 128 words = 32 KiB
-
-// What comes closer while tiles are multiplied, some lines at each step: all at once would hold up the tiles' own
-// loads.
-struct Streams {
-    Ahead panel, residual, outputs;
-
-    VITFAST_INLINE_MEMBER void fetch() {
-        panel.fetch();
-        residual.fetch();
-        outputs.fetch<true>();
-    }
-};
 
 // The intrinsics are opaque to the compiler, which may move loads and stores of the same memory past them.
 VITFAST_INLINE void settle_memory() { asm volatile("" ::: "memory"); }
@@ -42,18 +30,11 @@ VITFAST_INLINE void configure_tiles(int64_t rows) {
     _tile_loadconfig(&shape);
 }
 
-#define VITFAST_TILE_DOT(sum, left, right) \
-    if constexpr (kBytes) {                \
-        _tile_dpbusd(sum, left, right);    \
-    } else {                               \
-        _tile_dpbf16ps(sum, left, right);  \
-    }
-
 // C[rows, 16 or (kRight) 32 columns] = (or +=) A * B over `words` words, a multiple of 16. Pitches in bytes. kLower:
-// more than 16 rows. kBytes: 8-bit numbers (left u8, right s8) and 32-bit integer sums instead of bf16 and fp32.
-template <bool kBytes, bool kLower, bool kRight>
+// more than 16 rows.
+template <bool kLower, bool kRight>
 VITFAST_INLINE void multiply_block(const uint32_t* a, int64_t a_pitch, const uint32_t* b, int64_t b_pitch,
-                                   int64_t words, void* c, int64_t c_pitch, bool add, Streams* streams) {
+                                   int64_t words, void* c, int64_t c_pitch, bool add) {
     char *const upper = static_cast<char*>(c), *const lower = upper + kTile * c_pitch;
     const char *a_upper = reinterpret_cast<const char*>(a), *a_lower = a_upper + kTile * a_pitch;
     const char* b_left = reinterpret_cast<const char*>(b);
@@ -72,19 +53,18 @@ VITFAST_INLINE void multiply_block(const uint32_t* a, int64_t a_pitch, const uin
     for (int64_t k = 0; k < words; k += kTile) {
         _tile_loadd(6, b_left, b_pitch);
         _tile_loadd(4, a_upper, a_pitch);
-        VITFAST_TILE_DOT(0, 4, 6)
+        _tile_dpbf16ps(0, 4, 6);
         if constexpr (kRight) {
             _tile_loadd(7, b_left + 64, b_pitch);
-            VITFAST_TILE_DOT(1, 4, 7)
+            _tile_dpbf16ps(1, 4, 7);
         }
         if constexpr (kLower) {
             _tile_loadd(5, a_lower, a_pitch);
-            VITFAST_TILE_DOT(2, 5, 6)
+            _tile_dpbf16ps(2, 5, 6);
             if constexpr (kRight) {
-                VITFAST_TILE_DOT(3, 5, 7)
+                _tile_dpbf16ps(3, 5, 7);
             }
         }
-        if (streams) streams->fetch();
         a_upper += 64;
         a_lower += 64;
         b_left += kTile * b_pitch;
@@ -96,23 +76,20 @@ VITFAST_INLINE void multiply_block(const uint32_t* a, int64_t a_pitch, const uin
     settle_memory();
 }
 
-#undef VITFAST_TILE_DOT
-
 // The same for `columns` columns, a multiple of 16; rows as configured.
-template <bool kBytes>
-void multiply_block_row(int64_t rows, const uint32_t* a, int64_t a_pitch, const uint32_t* b, int64_t b_pitch,
-                        int64_t columns, int64_t words, void* c, int64_t c_pitch, bool add, Streams* streams) {
+inline void multiply_block_row(int64_t rows, const uint32_t* a, int64_t a_pitch, const uint32_t* b, int64_t b_pitch,
+                               int64_t columns, int64_t words, void* c, int64_t c_pitch, bool add) {
     for (int64_t j = 0; j < columns; j += kBlockWidth) {
         char* const to = static_cast<char*>(c) + j * 4;
         const bool right = columns - j > kTile;
         if (rows > kTile && right) {
-            multiply_block<kBytes, true, true>(a, a_pitch, b + j, b_pitch, words, to, c_pitch, add, streams);
+            multiply_block<true, true>(a, a_pitch, b + j, b_pitch, words, to, c_pitch, add);
         } else if (rows > kTile) {
-            multiply_block<kBytes, true, false>(a, a_pitch, b + j, b_pitch, words, to, c_pitch, add, streams);
+            multiply_block<true, false>(a, a_pitch, b + j, b_pitch, words, to, c_pitch, add);
         } else if (right) {
-            multiply_block<kBytes, false, true>(a, a_pitch, b + j, b_pitch, words, to, c_pitch, add, streams);
+            multiply_block<false, true>(a, a_pitch, b + j, b_pitch, words, to, c_pitch, add);
         } else {
-            multiply_block<kBytes, false, false>(a, a_pitch, b + j, b_pitch, words, to, c_pitch, add, streams);
+            multiply_block<false, false>(a, a_pitch, b + j, b_pitch, words, to, c_pitch, add);
         }
     }
 }
@@ -140,9 +117,8 @@ VITFAST_INLINE void gather_rows(Operand a, int64_t rows, int64_t words, uint32_t
 
 // C[rows, columns] = (or +=) A[rows, words] * panel[words, pitch]; columns is a multiple of 16. configured: for how
 // many rows the tiles are configured, 0 at first; who passes it gives them back.
-template <bool kBytes = false, class Sum = float>
-void multiply_tiles(Operand a, const uint32_t* panel, int64_t pitch, int64_t rows, int64_t columns, int64_t words,
-                    Sum* c, int64_t c_row, bool add, int64_t* configured, Streams* streams = nullptr) {
+inline void multiply_tiles(Operand a, const uint32_t* panel, int64_t pitch, int64_t rows, int64_t columns,
+                           int64_t words, float* c, int64_t c_row, bool add, int64_t* configured) {
     alignas(64) uint32_t left[kBlockHeight * kGroupWords], right[kTile * kGroupWidth];
     for (int64_t k = 0; k < words; k += kGroupWords) {
         const int64_t depth = std::min(words - k, kGroupWords), whole = depth / kTile * kTile, rest = depth - whole;
@@ -167,58 +143,18 @@ void multiply_tiles(Operand a, const uint32_t* panel, int64_t pitch, int64_t row
                 } else if (rest > 0) {
                     gather_rows({part.data + whole, part.row, 1}, height, rest, left, kGroupWords);
                 }
-                Sum* const to = c + m * c_row + j;
+                float* const to = c + m * c_row + j;
                 bool sum = add || k > 0;
                 if (whole > 0) {
-                    multiply_block_row<kBytes>(height, part.data, part.row * 4, from + j, pitch * 4, width, whole, to,
-                                               c_row * 4, sum, streams);
+                    multiply_block_row(height, part.data, part.row * 4, from + j, pitch * 4, width, whole, to,
+                                       c_row * 4, sum);
                     sum = true;
                 }
                 if (rest > 0) {
-                    multiply_block_row<kBytes>(height, tail, kGroupWords * 4, right, kGroupWidth * 4, width, kTile, to,
-                                               c_row * 4, sum, streams);
+                    multiply_block_row(height, tail, kGroupWords * 4, right, kGroupWidth * 4, width, kTile, to,
+                                       c_row * 4, sum);
                 }
             }
         }
     }
-}
-
-// Rows of `pitch` bytes whose first `width` bytes are needed, as a stream in `times` parts.
-VITFAST_INLINE Ahead stream_rows(const void* start, int64_t rows, int64_t width, int64_t pitch, int64_t times) {
-    return {static_cast<const char*>(start), rows, width, pitch, rows * ((width + 63) / 64) / times + 1};
-}
-
-// Streams the outputs [rows, width] that a block will write, and its residual if there is one; pitch in elements.
-template <class X>
-VITFAST_INLINE void stream_outputs(Streams* streams, X* out, const X* residual, int64_t start, int64_t rows,
-                                   int64_t width, int64_t pitch, int64_t times) {
-    const int64_t size = sizeof(X);
-    streams->outputs = stream_rows(out + start, rows, width * size, pitch * size, times);
-    if (residual) streams->residual = stream_rows(residual + start, rows, width * size, pitch * size, times);
-}
-
-// sums[rows, kGroupWidth] = (or, prefilled, +=) A[rows, words] * panel[words, columns]: kGroupWords of the panel stay
-// in L1 while the rows pass, their sums in L2 meanwhile. As the last words' turn comes for 32 rows, begin(row, rows,
-// times) may set streams, which are then followed `times` times; when their sums are made, end(row, rows, sums) is
-// called.
-template <bool kBytes, class Sum, class Begin, class End>
-void multiply_panel_by_tiles(Operand a, const uint32_t* panel, int64_t rows, int64_t columns, int64_t words, Sum* sums,
-                             bool prefilled, Streams* streams, const Begin& begin, const End& end) {
-    const int64_t steps = (words + kTile - 1) / kTile;
-    const int64_t parts = std::max<int64_t>(1, (words + kGroupWords - 1) / kGroupWords);
-    int64_t configured = 0;
-    for (int64_t part = 0; part < parts; ++part) {
-        const int64_t from = steps * part / parts * kTile, to = std::min(words, steps * (part + 1) / parts * kTile);
-        for (int64_t m = 0; m < rows; m += kBlockHeight) {
-            const int64_t height = std::min(rows - m, kBlockHeight);
-            const bool last = part == parts - 1;
-            if (last) begin(m, height, std::max<int64_t>(1, (to - from) / kTile * 2));
-            const Operand block{a.data + m * a.row + from * a.word, a.row, a.word};
-            Sum* const block_sums = sums + m * kGroupWidth;
-            multiply_tiles<kBytes>(block, panel + from * columns, columns, height, columns, to - from, block_sums,
-                                   kGroupWidth, prefilled || part > 0, &configured, streams);
-            if (last) end(m, height, block_sums);
-        }
-    }
-    configure_tiles(0);
 }

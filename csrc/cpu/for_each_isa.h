@@ -20,7 +20,7 @@
 #else
 #define VITFAST_AVX512_VNNI avx512
 #endif
-#if defined(VITFAST_WITH_AMX) && __GNUC__ < 11
+#if defined(VITFAST_WITH_AMX) && (!VITFAST_X86 || __GNUC__ < 11)
 #undef VITFAST_WITH_AMX
 #endif
 #ifdef VITFAST_WITH_AMX

@@ -25,15 +25,15 @@ struct Work {
     int64_t blocks, parts;  // an item is one of `blocks` blocks of rows and of `parts` parts of the right blocks
 };
 
-// The fewest items that keep the threads equally busy; packing a unit of rows takes as long as one
-// product of it.
+// The fewest items that keep the threads equally busy; packing a unit of rows takes as long as one product of it.
 Work find_work(int64_t units, int64_t columns, int64_t threads) {
-    constexpr int64_t kMoreBlocks = 8, kMostParts = 8;
+    constexpr int64_t kMoreBlocks = 8, kFewThreads = 8;
     constexpr double kPacking = 1;
     Work best{1, 1};
     double best_time = std::numeric_limits<double>::infinity();
+    const int64_t most_parts = std::min(columns, std::max(kFewThreads, threads));
     const int64_t fewest = (units + kMostUnits - 1) / kMostUnits;
-    for (int64_t parts = 1; parts <= std::min(columns, kMostParts); ++parts) {
+    for (int64_t parts = 1; parts <= most_parts; ++parts) {
         for (int64_t blocks = fewest; blocks <= std::min(units, fewest + kMoreBlocks); ++blocks) {
             const int64_t items = blocks * parts;
             double time = 0;

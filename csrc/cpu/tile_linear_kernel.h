@@ -145,6 +145,11 @@ VITFAST_INLINE void multiply_packed(int64_t rows, int64_t columns, const uint32_
     multiply_packed<P, false, false>(a, b, steps, sums, add, between);
 }
 
+// Rows of `pitch` bytes whose first `width` bytes are needed, as memory to fetch in `times` parts.
+VITFAST_INLINE Ahead rows_ahead(const void* start, int64_t rows, int64_t width, int64_t pitch, int64_t times) {
+    return {static_cast<const char*>(start), rows, width, pitch, rows * ((width + 63) / 64) / times + 1};
+}
+
 // What is done while the tiles multiply a block: the next block of the right operand comes into L2, evenly, as the
 // tiles' own loads wait for the same buffers; and the rows of the block before are finished.
 template <class P>
@@ -155,14 +160,22 @@ struct Meanwhile {
     const char* next = nullptr;
     int64_t lines = 0;  // at each fetch
     int64_t steps = 1;  // until the rows have to be finished
-    Streams streams{{}, {}, {}};
+    Ahead residual{}, outputs{};
     const typename P::Sum* sums = nullptr;  // of the block before
     int64_t row = 0, rows = 0, first = 0, count = 0, done = 0;
 
-    void prepare(const uint32_t* right, int64_t right_steps, int64_t units) {
+    // The right operand's block that comes next, or null: to be fetched while `units` units of rows are multiplied.
+    void expect(const uint32_t* right, int64_t right_steps, int64_t units) {
         next = reinterpret_cast<const char*>(right);
         const int64_t all = right_steps * kTileStep<Number> * sizeof(uint32_t) / 64;
-        lines = all / std::max<int64_t>(1, units * right_steps * kFetches) + 1;
+        lines = right ? all / std::max<int64_t>(1, units * right_steps * kFetches) + 1 : 0;
+    }
+
+    // Where the rows that are multiplied now will be written to, and what they are added to, comes closer.
+    void expect_rows(int64_t from, int64_t height, int64_t column, int64_t columns) {
+        const int64_t at = from * a.outputs + column, size = sizeof(*a.out), pitch = a.outputs * size;
+        outputs = rows_ahead(a.out + at, height, columns * size, pitch, steps);
+        if (a.residual) residual = rows_ahead(a.residual + at, height, columns * size, pitch, steps);
     }
 
     VITFAST_INLINE_MEMBER void fetch() {
@@ -170,8 +183,8 @@ struct Meanwhile {
     }
 
     VITFAST_INLINE_MEMBER void finish(int64_t step) {
-        streams.residual.fetch();
-        streams.outputs.template fetch<true>();
+        residual.fetch();
+        outputs.template fetch<true>();
         finish_to((step + 1) * kTileLines / steps);
     }
 
@@ -182,6 +195,7 @@ struct Meanwhile {
         done = end;
     }
 
+    // These rows' sums are the ones to finish from now on.
     void begin(const typename P::Sum* made, int64_t from, int64_t height, int64_t column, int64_t columns) {
         sums = made;
         row = from;
@@ -212,7 +226,7 @@ void multiply_rows_by_tiles(const P& a, const uint32_t* left, const uint32_t* ri
     for (int64_t index = first; index < last; ++index) {
         const int64_t column = index * kTileLines, count = std::min(kTileLines, a.outputs - column);
         const uint32_t* const block = right + (index * all_steps + from) * kTileStep<Number>;
-        between.prepare(index + 1 < last ? block + all_steps * kTileStep<Number> : block, steps, units);
+        between.expect(index + 1 < last ? block + all_steps * kTileStep<Number> : nullptr, steps, units);
         for (int64_t part = 0; part < parts; ++part) {
             const int64_t hot = steps * part / parts, hot_end = steps * (part + 1) / parts;
             const bool finish = to == all_steps && part == parts - 1;
@@ -222,10 +236,7 @@ void multiply_rows_by_tiles(const P& a, const uint32_t* left, const uint32_t* ri
                 if (configured != height) configure_tiles(configured = height);
                 const int64_t slot = (index - first) * units + unit;
                 typename P::Sum* const block_sums = sums + (at_once ? slot % (units + 1) : slot) * kBlockSums;
-                if (finish) {
-                    stream_outputs(&between.streams, a.out, a.residual, row * a.outputs + column, height, count,
-                                   a.outputs, between.steps);
-                }
+                if (finish) between.expect_rows(row, height, column, count);
                 multiply_packed<P>(height, count, left + (unit * steps + hot) * kTileStep<Number>,
                                    block + hot * kTileStep<Number>, hot_end - hot, block_sums, from + hot > 0, between);
                 between.finish_to(kTileLines);
