@@ -159,7 +159,7 @@ class CpuKernels(RawKernels):
         return d_weight
 
     def _constant(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """A weight that inference uses again and again, and its panels, which take its size again."""
+        """A weight that inference uses again and again, and its panels, which take its size again (fp32 in parts: 1.5 times)."""
         weight = weight.contiguous()
         panels = self.panels(weight)
         return weight, None if panels is None else panels.value
