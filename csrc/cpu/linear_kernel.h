@@ -1,6 +1,6 @@
 // One block of rows times one panel of a packed operand, and what becomes of the sums. Included by for_each_isa.h.
 // The packed operand: panels of kPanelColumns columns, [words][columns], one after the other; the columns of the last
-// are rounded up to kPanelStep. The same for every instruction set, so that a packed weight fits whoever uses it.
+// are rounded up to kPanelStep. The same for every instruction set but AMX (tile_pack.h).
 #include "gemm.h"
 #include "vec_math.h"
 // after those
