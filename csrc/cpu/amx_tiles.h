@@ -30,26 +30,42 @@ VITFAST_INLINE void configure_tiles(int64_t rows) {
     _tile_loadconfig(&shape);
 }
 
-// C[rows, 16 or (kRight) 32 columns] = (or +=) A * B over `words` words, a multiple of 16. Pitches in bytes. kLower:
-// more than 16 rows.
+// The sums in tiles 0 to 3 become those at c (pitch in bytes) if they are added to, else 0.
 template <bool kLower, bool kRight>
-VITFAST_INLINE void multiply_block(const uint32_t* a, int64_t a_pitch, const uint32_t* b, int64_t b_pitch,
-                                   int64_t words, void* c, int64_t c_pitch, bool add) {
-    char *const upper = static_cast<char*>(c), *const lower = upper + kTile * c_pitch;
-    const char *a_upper = reinterpret_cast<const char*>(a), *a_lower = a_upper + kTile * a_pitch;
-    const char* b_left = reinterpret_cast<const char*>(b);
+VITFAST_INLINE void begin_sums(void* c, int64_t pitch, bool add) {
+    char *const upper = static_cast<char*>(c), *const lower = upper + kTile * pitch;
     settle_memory();
     if (add) {
-        _tile_loadd(0, upper, c_pitch);
-        if constexpr (kRight) _tile_loadd(1, upper + 64, c_pitch);
-        if constexpr (kLower) _tile_loadd(2, lower, c_pitch);
-        if constexpr (kLower && kRight) _tile_loadd(3, lower + 64, c_pitch);
+        _tile_loadd(0, upper, pitch);
+        if constexpr (kRight) _tile_loadd(1, upper + 64, pitch);
+        if constexpr (kLower) _tile_loadd(2, lower, pitch);
+        if constexpr (kLower && kRight) _tile_loadd(3, lower + 64, pitch);
     } else {
         _tile_zero(0);
         if constexpr (kRight) _tile_zero(1);
         if constexpr (kLower) _tile_zero(2);
         if constexpr (kLower && kRight) _tile_zero(3);
     }
+}
+
+template <bool kLower, bool kRight>
+VITFAST_INLINE void store_sums(void* c, int64_t pitch) {
+    char *const upper = static_cast<char*>(c), *const lower = upper + kTile * pitch;
+    _tile_stored(0, upper, pitch);
+    if constexpr (kRight) _tile_stored(1, upper + 64, pitch);
+    if constexpr (kLower) _tile_stored(2, lower, pitch);
+    if constexpr (kLower && kRight) _tile_stored(3, lower + 64, pitch);
+    settle_memory();
+}
+
+// C[rows, 16 or (kRight) 32 columns] = (or +=) A * B over `words` words, a multiple of 16. Pitches in bytes. kLower:
+// more than 16 rows.
+template <bool kLower, bool kRight>
+VITFAST_INLINE void multiply_block(const uint32_t* a, int64_t a_pitch, const uint32_t* b, int64_t b_pitch,
+                                   int64_t words, void* c, int64_t c_pitch, bool add) {
+    const char *a_upper = reinterpret_cast<const char*>(a), *a_lower = a_upper + kTile * a_pitch;
+    const char* b_left = reinterpret_cast<const char*>(b);
+    begin_sums<kLower, kRight>(c, c_pitch, add);
     for (int64_t k = 0; k < words; k += kTile) {
         _tile_loadd(6, b_left, b_pitch);
         _tile_loadd(4, a_upper, a_pitch);
@@ -69,11 +85,7 @@ VITFAST_INLINE void multiply_block(const uint32_t* a, int64_t a_pitch, const uin
         a_lower += 64;
         b_left += kTile * b_pitch;
     }
-    _tile_stored(0, upper, c_pitch);
-    if constexpr (kRight) _tile_stored(1, upper + 64, c_pitch);
-    if constexpr (kLower) _tile_stored(2, lower, c_pitch);
-    if constexpr (kLower && kRight) _tile_stored(3, lower + 64, c_pitch);
-    settle_memory();
+    store_sums<kLower, kRight>(c, c_pitch);
 }
 
 // The same for `columns` columns, a multiple of 16; rows as configured.

@@ -60,44 +60,34 @@ VITFAST_INLINE void add_products(float, const uint32_t* a, const uint32_t* b, in
     // clang-format on
 }
 
-template <bool kLower, bool kRight, class Between>
-VITFAST_INLINE void add_products(bf16, const uint32_t* a, const uint32_t* b, int64_t steps, Between& between) {
+#define VITFAST_DOT(sum, left, right)                \
+    if constexpr (std::is_same_v<Number, uint8_t>) { \
+        _tile_dpbusd(sum, left, right);              \
+    } else {                                         \
+        _tile_dpbf16ps(sum, left, right);            \
+    }
+
+// The same of bf16, or of 8-bit integers.
+template <bool kLower, bool kRight, class Number, class Between>
+VITFAST_INLINE void add_products(Number, const uint32_t* a, const uint32_t* b, int64_t steps, Between& between) {
     for (int64_t step = 0; step < steps; ++step) {
         VITFAST_UPPER(0)
         VITFAST_LEFT(0)
-        _tile_dpbf16ps(0, 4, 6);
+        VITFAST_DOT(0, 4, 6)
         between.fetch();
         VITFAST_LOWER(0)
-        if constexpr (kLower) _tile_dpbf16ps(2, 5, 6);
+        if constexpr (kLower) VITFAST_DOT(2, 5, 6)
         between.fetch();
         VITFAST_RIGHT(0)
-        if constexpr (kRight) _tile_dpbf16ps(1, 4, 7);
+        if constexpr (kRight) VITFAST_DOT(1, 4, 7)
         between.finish(step);
-        if constexpr (kLower && kRight) _tile_dpbf16ps(3, 5, 7);
-        a += kTileStep<bf16>;
-        b += kTileStep<bf16>;
+        if constexpr (kLower && kRight) VITFAST_DOT(3, 5, 7)
+        a += kTileStep<Number>;
+        b += kTileStep<Number>;
     }
 }
 
-template <bool kLower, bool kRight, class Between>
-VITFAST_INLINE void add_products(uint8_t, const uint32_t* a, const uint32_t* b, int64_t steps, Between& between) {
-    for (int64_t step = 0; step < steps; ++step) {
-        VITFAST_UPPER(0)
-        VITFAST_LEFT(0)
-        _tile_dpbusd(0, 4, 6);
-        between.fetch();
-        VITFAST_LOWER(0)
-        if constexpr (kLower) _tile_dpbusd(2, 5, 6);
-        between.fetch();
-        VITFAST_RIGHT(0)
-        if constexpr (kRight) _tile_dpbusd(1, 4, 7);
-        between.finish(step);
-        if constexpr (kLower && kRight) _tile_dpbusd(3, 5, 7);
-        a += kTileStep<uint8_t>;
-        b += kTileStep<uint8_t>;
-    }
-}
-
+#undef VITFAST_DOT
 #undef VITFAST_UPPER
 #undef VITFAST_LOWER
 #undef VITFAST_LEFT
@@ -114,26 +104,10 @@ constexpr int64_t kSumsRow = kTileLines;
 template <class P, bool kLower, bool kRight, class Between>
 VITFAST_INLINE void multiply_packed(const uint32_t* a, const uint32_t* b, int64_t steps, typename P::Sum* sums,
                                     bool add, Between& between) {
-    typename P::Sum* const lower = sums + kTile * kSumsRow;
     constexpr int64_t kPitch = kSumsRow * sizeof(float);
-    settle_memory();
-    if (add) {
-        _tile_loadd(0, sums, kPitch);
-        if constexpr (kRight) _tile_loadd(1, sums + kTile, kPitch);
-        if constexpr (kLower) _tile_loadd(2, lower, kPitch);
-        if constexpr (kLower && kRight) _tile_loadd(3, lower + kTile, kPitch);
-    } else {
-        _tile_zero(0);
-        if constexpr (kRight) _tile_zero(1);
-        if constexpr (kLower) _tile_zero(2);
-        if constexpr (kLower && kRight) _tile_zero(3);
-    }
+    begin_sums<kLower, kRight>(sums, kPitch, add);
     add_products<kLower, kRight>(typename P::Number{}, a, b, steps, between);
-    _tile_stored(0, sums, kPitch);
-    if constexpr (kRight) _tile_stored(1, sums + kTile, kPitch);
-    if constexpr (kLower) _tile_stored(2, lower, kPitch);
-    if constexpr (kLower && kRight) _tile_stored(3, lower + kTile, kPitch);
-    settle_memory();
+    store_sums<kLower, kRight>(sums, kPitch);
 }
 
 template <class P, class Between>
