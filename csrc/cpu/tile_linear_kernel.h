@@ -46,15 +46,15 @@ VITFAST_INLINE void add_products(float, const uint32_t* a, const uint32_t* b, in
         VITFAST_UPPER_LEFT  VITFAST_LOWER_LEFT  between.fetch(); VITFAST_UPPER_RIGHT VITFAST_UPPER(2)
         VITFAST_LOWER_RIGHT between.fetch(); VITFAST_LOWER(2)
         // 2 with 0
-        VITFAST_UPPER_LEFT  VITFAST_UPPER_RIGHT VITFAST_UPPER(0)
-        VITFAST_LOWER_LEFT  VITFAST_LOWER_RIGHT VITFAST_LOWER(0)
+        VITFAST_UPPER_LEFT  VITFAST_LOWER_LEFT  VITFAST_UPPER_RIGHT VITFAST_UPPER(0)
+        VITFAST_LOWER_RIGHT VITFAST_LOWER(0)
         between.finish(step);
         a += kTileStep<float>;
         b += kTileStep<float>;
         // 0 with 0
         const bool more = step + 1 < steps;
-        VITFAST_UPPER_LEFT  VITFAST_UPPER_RIGHT if (more) { VITFAST_UPPER(0) }
-        VITFAST_LOWER_LEFT  if (more) { VITFAST_LEFT(2) }
+        VITFAST_UPPER_LEFT  VITFAST_LOWER_LEFT  if (more) { VITFAST_LEFT(2) }
+        VITFAST_UPPER_RIGHT if (more) { VITFAST_UPPER(0) }
         VITFAST_LOWER_RIGHT if (more) { VITFAST_LOWER(0) VITFAST_RIGHT(2) }
     }
     // clang-format on
