@@ -1,15 +1,17 @@
 #pragma once
 
 #include "check.h"
+#include "linear.h"
 
 // The raw forward kernels of this folder, for each other. Shapes are documented beside each implementation.
 namespace vitfast {
 
 void layer_norm_forward(Tensor x, OptionalTensor branch, OptionalTensor scale, OptionalTensor drop_path, Tensor weight,
-                        Tensor bias, double eps, OptionalTensor total, Tensor normed, Tensor mean, Tensor rstd);
+                        Tensor bias, double eps, OptionalTensor total, Tensor normed, Tensor mean, Tensor rstd,
+                        uint32_t* in_tiles = nullptr);
 void linear(Tensor x, Tensor weight, bool transposed, OptionalTensor packed, OptionalTensor bias,
             std::string activation, OptionalTensor residual, OptionalTensor scale, OptionalTensor drop_path,
-            OptionalTensor before, Tensor out);
+            OptionalTensor before, Tensor out, TileRows in_tiles = {});
 void activation_forward(Tensor h, std::string name, Tensor out);
 void attention_forward(Tensor qkv, double scale, OptionalTensor bias, OptionalTensor padding, OptionalTensor cos,
                        OptionalTensor sin, bool interleaved, std::string q_norm, std::string k_norm,

@@ -9,6 +9,7 @@
 #include "isa.h"
 #include "linear.h"
 #include "scratch.h"
+#include "tile_linear.h"
 
 // The two halves of a pre-norm block at inference, each in one call: nothing between its input and its output outlives
 // it, and for a small model the calls themselves would cost as much as the arithmetic. Shapes: T rows, D width,
@@ -19,15 +20,30 @@ namespace {
 constexpr auto kFloat = ScalarType::Float;
 constexpr auto kBFloat16 = ScalarType::BFloat16;
 
+// Whether a matrix goes from one op to the next product in the order of TileRows, so that the product need not pack it.
+bool in_tile_order(int64_t rows, int64_t width) { return has_tiles() && rows > kFewRows && width % kTileLines == 0; }
+
 // A tensor that lives during one call only.
 class Temporary {
   public:
     Temporary(std::initializer_list<int64_t> shape, ScalarType dtype)
         : memory_(count(shape) * (dtype == kFloat ? 4 : 2)), tensor_(view(memory_.data(), shape, dtype)) {}
 
+    // A matrix between an op and a product, in tiles' order where that can be.
+    Temporary(int64_t rows, int64_t width, ScalarType dtype)
+        : memory_(bytes_of_rows(rows, width, dtype)), tensor_(view(memory_.data(), {rows, width}, dtype)) {
+        if (in_tile_order(rows, width)) tiles_ = static_cast<uint32_t*>(memory_.data());
+    }
+
     const Tensor& operator*() const { return tensor_; }
+    uint32_t* tiles() const { return tiles_; }  // null: the tensor's rows lie one after the other
 
   private:
+    static int64_t bytes_of_rows(int64_t rows, int64_t width, ScalarType dtype) {
+        if (!in_tile_order(rows, width)) return count({rows, width}) * (dtype == kFloat ? 4 : 2);
+        return 4 * (dtype == kFloat ? tile_rows_words<float>(rows, width) : tile_rows_words<bf16>(rows, width));
+    }
+
     static int64_t count(std::initializer_list<int64_t> shape) {
         int64_t product = 1;
         for (const int64_t size : shape) product *= size;
@@ -45,6 +61,7 @@ class Temporary {
 
     KeptMemory memory_;
     Tensor tensor_;
+    uint32_t* tiles_ = nullptr;
 };
 
 // A vector of bf16 numbers as fp32, in `wide`.
@@ -62,7 +79,7 @@ void norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps,
     const Temporary mean({rows}, kFloat), rstd({rows}, kFloat), wide_weight({width}, kFloat),
         wide_bias({width}, kFloat);
     layer_norm_forward(x, {}, {}, {}, as_float("norm_weight", weight, wide_weight),
-                       as_float("norm_bias", bias, wide_bias), eps, {}, *normed, *mean, *rstd);
+                       as_float("norm_bias", bias, wide_bias), eps, {}, *normed, *mean, *rstd, normed.tiles());
 }
 
 int64_t head_dim_of(const Tensor& qkv_weight, int64_t heads) {
@@ -82,10 +99,10 @@ void norm_attention_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, doub
     const auto dtype = qkv_weight.scalar_type();
     const int64_t rows = x.size(0), head_dim = head_dim_of(qkv_weight, heads), outputs = 3 * heads * head_dim;
     const Temporary qkv({rows, 3, heads, head_dim}, dtype), attended({rows, heads, head_dim}, dtype);
-    const Temporary normed({rows, x.size(1)}, dtype), lse({heads, rows}, kFloat);
+    const Temporary normed(rows, x.size(1), dtype), lse({heads, rows}, kFloat);
     norm(x, norm_weight, norm_bias, eps, normed);
     linear(*normed, qkv_weight, false, qkv_packed, qkv_bias, "none", {}, {}, {}, {},
-           torch::stable::view(*qkv, {rows, outputs}));
+           torch::stable::view(*qkv, {rows, outputs}), {normed.tiles(), nullptr});
     attention_forward(*qkv, scale, {}, {}, {}, {}, false, "", "", {}, {}, {}, {}, 0.0, 0.0, cu_seqlens, max_seqlen,
                       *attended, *lse);
     linear(torch::stable::view(*attended, {rows, heads * head_dim}), proj_weight, false, proj_packed, proj_bias, "none",
@@ -102,12 +119,19 @@ void norm_mlp_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, double eps
     const int64_t rows = x.size(0);
     const bool gated = activation == "swiglu";  // joins columns that the product computes apart
     const int64_t width = fc1_weight.size(0);
-    const Temporary normed({rows, x.size(1)}, dtype), hidden({rows, width}, dtype);
+    const Temporary normed(rows, x.size(1), dtype);
     norm(x, norm_weight, norm_bias, eps, normed);
-    linear(*normed, fc1_weight, false, fc1_packed, fc1_bias, gated ? "none" : activation, {}, {}, {}, {}, *hidden);
-    const Temporary joined({rows, gated ? width / 2 : 0}, dtype);
-    if (gated) activation_forward(*hidden, activation, *joined);
-    linear(gated ? *joined : *hidden, fc2_weight, false, fc2_packed, fc2_bias, "none", x, scale, {}, {}, out);
+    if (gated) {
+        const Temporary hidden({rows, width}, dtype), joined({rows, width / 2}, dtype);
+        linear(*normed, fc1_weight, false, fc1_packed, fc1_bias, "none", {}, {}, {}, {}, *hidden,
+               {normed.tiles(), nullptr});
+        activation_forward(*hidden, activation, *joined);
+        return linear(*joined, fc2_weight, false, fc2_packed, fc2_bias, "none", x, scale, {}, {}, out);
+    }
+    const Temporary hidden(rows, width, dtype);
+    linear(*normed, fc1_weight, false, fc1_packed, fc1_bias, activation, {}, {}, {}, {}, *hidden,
+           {normed.tiles(), hidden.tiles()});
+    linear(*hidden, fc2_weight, false, fc2_packed, fc2_bias, "none", x, scale, {}, {}, out, {hidden.tiles(), nullptr});
 }
 
 // The parameters of one block, as blocks_forward is given them one after the other; an empty tensor stands for none.

@@ -4,6 +4,7 @@
 #include "check.h"
 #include "forward.h"
 #include "reduce.h"
+#include "tile_linear.h"
 
 // Shapes: T rows, D width, B samples (T % B == 0, T // B rows each). X: residual dtype, Y: compute dtype.
 namespace vitfast {
@@ -18,6 +19,7 @@ struct LayerNormForward {
     Y* normed;  // null: scale_add_forward, only the total
     float *mean, *rstd;
     int64_t width, rows_per_sample;
+    uint32_t* in_tiles;  // null, or where normed is written instead, in the order of TileRows
 };
 
 template <class X, class Y>
@@ -43,6 +45,7 @@ struct LayerNormBackward {
 
 }  // namespace vitfast
 
+#define VITFAST_WITH_AMX
 #define VITFAST_KERNEL "layer_norm_kernel.h"
 #include "for_each_isa.h"
 
@@ -85,8 +88,10 @@ int64_t grain(int64_t width) { return std::max<int64_t>(1, 16384 / std::max<int6
 
 }  // namespace
 
+// in_tiles: where normed is written in the order of TileRows; the tensor then gives shape and dtype alone.
 void layer_norm_forward(Tensor x, OptionalTensor branch, OptionalTensor scale, OptionalTensor drop_path, Tensor weight,
-                        Tensor bias, double eps, OptionalTensor total, Tensor normed, Tensor mean, Tensor rstd) {
+                        Tensor bias, double eps, OptionalTensor total, Tensor normed, Tensor mean, Tensor rstd,
+                        uint32_t* in_tiles) {
     with_dtypes("x", x, "normed", normed, [&](auto x_type, auto y_type) {
         using X = decltype(x_type);
         using Y = decltype(y_type);
@@ -113,7 +118,8 @@ void layer_norm_forward(Tensor x, OptionalTensor branch, OptionalTensor scale, O
                                           mutable_data<float>(mean),
                                           mutable_data<float>(rstd),
                                           width,
-                                          rows_per_sample(drop_path, rows)};
+                                          rows_per_sample(drop_path, rows),
+                                          in_tiles};
         torch::stable::parallel_for(0, rows, grain(width), [&](int64_t begin, int64_t end) {
             VITFAST_DISPATCH(layer_norm_forward_rows(args, begin, end));
         });
@@ -121,6 +127,12 @@ void layer_norm_forward(Tensor x, OptionalTensor branch, OptionalTensor scale, O
 }
 
 namespace {
+
+void layer_norm_forward_op(Tensor x, OptionalTensor branch, OptionalTensor scale, OptionalTensor drop_path,
+                           Tensor weight, Tensor bias, double eps, OptionalTensor total, Tensor normed, Tensor mean,
+                           Tensor rstd) {
+    layer_norm_forward(x, branch, scale, drop_path, weight, bias, eps, total, normed, mean, rstd);
+}
 
 void scale_add_forward(Tensor residual, Tensor branch, OptionalTensor scale, OptionalTensor drop_path, Tensor total) {
     with_dtypes("residual", residual, "branch", branch, [&](auto x_type, auto y_type) {
@@ -219,7 +231,7 @@ void layer_norm_backward(Tensor d_normed, OptionalTensor d_total, Tensor total, 
 }  // namespace vitfast
 
 STABLE_TORCH_LIBRARY_IMPL(vitfast_C, CPU, m) {
-    m.impl("layer_norm_forward", TORCH_BOX(&vitfast::layer_norm_forward));
+    m.impl("layer_norm_forward", TORCH_BOX(&vitfast::layer_norm_forward_op));
     m.impl("layer_norm_apply", TORCH_BOX(&vitfast::layer_norm_apply));
     m.impl("layer_norm_backward", TORCH_BOX(&vitfast::layer_norm_backward));
     m.impl("scale_add_forward", TORCH_BOX(&vitfast::scale_add_forward));

@@ -125,9 +125,10 @@ Tensor pack_linear_weight(Tensor weight) {
 // bf16. before[T, O]: optionally the sum, as the activation sees it. With residual[T, O]: out = residual + drop_path *
 // scale * (x W^T + bias), drop_path[B] with T / B rows per sample.
 // packed: the weight as pack_linear_weight makes it, or None: then panels of it are packed here.
+// in_tiles: x and out in the tiles' order; the tensors x and out then give shape and dtype alone.
 void linear(Tensor x, Tensor weight, bool transposed, OptionalTensor packed, OptionalTensor bias,
             std::string activation, OptionalTensor residual, OptionalTensor scale, OptionalTensor drop_path,
-            OptionalTensor before, Tensor out) {
+            OptionalTensor before, Tensor out, TileRows in_tiles) {
     check("x", x, Device::kCpu, {ScalarType::Float, ScalarType::BFloat16}, {-1, -1});
     const int64_t rows = x.size(0), inputs = x.size(1);
     const ScalarType narrow = x.scalar_type(), wide = residual.has_value() ? residual->scalar_type() : narrow;
@@ -167,10 +168,12 @@ void linear(Tensor x, Tensor weight, bool transposed, OptionalTensor packed, Opt
                                  data<X>(residual),
                                  data<float>(drop_path),
                                  samples == 0 ? 1 : rows / samples,
-                                 mutable_data<X>(out)};
+                                 mutable_data<X>(out),
+                                 in_tiles};
         const RightOperand<Y> right{data<Y>(weight), weight.size(1), outputs,
                                     inputs,          transposed,     data<uint32_t>(packed)};
-        const bool few = std::is_same_v<Y, float> && !transposed && rows <= kFewRows;
+        const bool by_rows = !in_tiles.x && !in_tiles.out;
+        const bool few = std::is_same_v<Y, float> && !transposed && rows <= kFewRows && by_rows;
         if (has_tiles() && !few) return multiply_by_tiles(args, right);
         const Split split = split_panels(rows, panels_of(outputs), packed.has_value() ? 0 : 7);
         for_each_item(args, split, [&](int64_t begin, int64_t end, int64_t panel, int64_t, const Workspace& workspace) {
@@ -188,6 +191,12 @@ void linear(Tensor x, Tensor weight, bool transposed, OptionalTensor packed, Opt
 }
 
 namespace {
+
+void linear_op(Tensor x, Tensor weight, bool transposed, OptionalTensor packed, OptionalTensor bias,
+               std::string activation, OptionalTensor residual, OptionalTensor scale, OptionalTensor drop_path,
+               OptionalTensor before, Tensor out) {
+    linear(x, weight, transposed, packed, bias, activation, residual, scale, drop_path, before, out);
+}
 
 // d_weight[O, I] = d_out[T, O]^T x[T, I], summed over the rows in their order.
 void linear_weight_grad(Tensor d_out, Tensor x, Tensor d_weight) {
@@ -224,7 +233,7 @@ void linear_weight_grad(Tensor d_out, Tensor x, Tensor d_weight) {
 }  // namespace vitfast
 
 STABLE_TORCH_LIBRARY_IMPL(vitfast_C, CPU, m) {
-    m.impl("linear", TORCH_BOX(&vitfast::linear));
+    m.impl("linear", TORCH_BOX(&vitfast::linear_op));
     m.impl("pack_linear_weight", TORCH_BOX(&vitfast::pack_linear_weight));
     m.impl("linear_weight_grad", TORCH_BOX(&vitfast::linear_weight_grad));
 }

@@ -22,6 +22,13 @@ inline int64_t panel_columns(int64_t outputs, int64_t panel) {
     return left >= kPanelColumns ? kPanelColumns : (left + kPanelStep - 1) / kPanelStep * kPanelStep;
 }
 
+// Matrices [T, W] in the order in which AMX's tiles load a product's left operand, from one op to the next that reads
+// it: [blocks of 32 rows][steps of 32 columns][parts of a number][32][32] of bf16. W is a multiple of 32.
+struct TileRows {
+    const uint32_t* x = nullptr;
+    uint32_t* out = nullptr;
+};
+
 // A vector of fp32 or bf16 numbers, or (both null) none.
 struct Parameter {
     const float* as_float = nullptr;
@@ -67,6 +74,7 @@ struct Product {
     const float* drop_path;
     int64_t rows_per_sample;
     X* out;
+    TileRows in_tiles;  // x and out where they are not row by row
 };
 
 }  // namespace vitfast

@@ -1,10 +1,10 @@
 // What becomes of a product's sums. Included by kernels after vec.h and vec_math.h.
 
 // Reads sums[rows] (sums_row numbers apart) of output rows from `row` and columns [first, first + count); writes the
-// outputs.
+// outputs to out[rows] (out_row numbers apart).
 template <class Activation, class X, class Y>
 void finish_rows(const Product<X, Y>& a, const float* sums, int64_t sums_row, int64_t row, int64_t rows, int64_t first,
-                 int64_t count) {
+                 int64_t count, X* out, int64_t out_row) {
     constexpr bool kActivates = !std::is_void_v<Activation>;
     const bool biased = a.bias.as_float || a.bias.as_bf16, scaled = a.scale.as_float || a.scale.as_bf16;
     for (int64_t j = 0; j < count; j += kLanes) {
@@ -26,26 +26,32 @@ void finish_rows(const Product<X, Y>& a, const float* sums, int64_t sums_row, in
                 const float kept = a.drop_path ? a.drop_path[(row + i) / a.rows_per_sample] : 1.0f;
                 value = fma(value, broadcast(kept), load(a.residual + at, n));
             }
-            store(a.out + at, value, n);
+            store(out + i * out_row + j, value, n);
         }
     }
 }
 
 template <class X, class Y>
 void finish_rows(const Product<X, Y>& a, const float* sums, int64_t sums_row, int64_t row, int64_t rows, int64_t first,
-                 int64_t count) {
+                 int64_t count, X* out, int64_t out_row) {
     if constexpr (std::is_same_v<X, Y>) {
         constexpr bool kFast = std::is_same_v<Y, bf16>;
         switch (a.finish) {
             case Finish::kGelu:
-                return finish_rows<Gelu<kFast>>(a, sums, sums_row, row, rows, first, count);
+                return finish_rows<Gelu<kFast>>(a, sums, sums_row, row, rows, first, count, out, out_row);
             case Finish::kGeluTanh:
-                return finish_rows<GeluTanh<kFast>>(a, sums, sums_row, row, rows, first, count);
+                return finish_rows<GeluTanh<kFast>>(a, sums, sums_row, row, rows, first, count, out, out_row);
             case Finish::kQuickGelu:
-                return finish_rows<Silu<true, kFast>>(a, sums, sums_row, row, rows, first, count);
+                return finish_rows<Silu<true, kFast>>(a, sums, sums_row, row, rows, first, count, out, out_row);
             case Finish::kNone:
                 break;
         }
     }
-    finish_rows<void>(a, sums, sums_row, row, rows, first, count);
+    finish_rows<void>(a, sums, sums_row, row, rows, first, count, out, out_row);
+}
+
+template <class X, class Y>
+void finish_rows(const Product<X, Y>& a, const float* sums, int64_t sums_row, int64_t row, int64_t rows, int64_t first,
+                 int64_t count) {
+    finish_rows(a, sums, sums_row, row, rows, first, count, a.out + row * a.outputs + first, a.outputs);
 }

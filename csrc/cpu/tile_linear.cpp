@@ -76,6 +76,16 @@ void pack_tiles(const RightOperand<Y>& right, uint32_t* packed) {
 }
 
 template <class P>
+const uint32_t* left_in_tiles(const P&) {
+    return nullptr;
+}
+
+template <class X, class Y>
+const uint32_t* left_in_tiles(const Product<X, Y>& args) {
+    return args.in_tiles.x;
+}
+
+template <class P>
 void multiply_by_tiles(const P& args, const uint32_t* packed) {
     using Number = typename P::Number;
     if (args.rows == 0 || args.outputs == 0) return;
@@ -87,9 +97,10 @@ void multiply_by_tiles(const P& args, const uint32_t* packed) {
     const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), items);
     const int64_t most_units = (units + work.blocks - 1) / work.blocks, most_steps = (steps + turns - 1) / turns;
     const int64_t most_blocks = (blocks + work.parts - 1) / work.parts;
+    const uint32_t* const whole_left = left_in_tiles(args);
     Shares shares(items, threads);
     torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
-        const int64_t left_words = most_units * most_steps * kTileStep<Number>;
+        const int64_t left_words = whole_left ? 0 : most_units * most_steps * kTileStep<Number>;
         const int64_t sums_words = (turns == 1 ? most_units + 1 : most_units * most_blocks) * kTileLines * kTileLines;
         Scratch scratch(left_words + sums_words);
         uint32_t* const left = scratch.take<uint32_t>(left_words);
@@ -102,10 +113,13 @@ void multiply_by_tiles(const P& args, const uint32_t* packed) {
             const int64_t first = blocks * part / work.parts, last = blocks * (part + 1) / work.parts;
             for (int64_t turn = 0; turn < turns; ++turn) {
                 const int64_t from = steps * turn / turns, to = steps * (turn + 1) / turns;
-                if (turns > 1 || packed_block != block) {
+                if (!whole_left && (turns > 1 || packed_block != block)) {
                     VITFAST_AMX_TILES::pack_left(args, begin, end, from, to, left);
                 }
-                VITFAST_AMX_TILES::multiply_rows_by_tiles(args, left, packed, begin, end, first, last, from, to, sums);
+                const uint32_t* rows = left;
+                if (whole_left) rows = whole_left + (begin / kTileLines * steps + from) * kTileStep<Number>;
+                VITFAST_AMX_TILES::multiply_rows_by_tiles(args, rows, whole_left ? steps : to - from, packed, begin,
+                                                          end, first, last, from, to, sums);
             }
             packed_block = block;
         }

@@ -124,6 +124,22 @@ VITFAST_INLINE Ahead rows_ahead(const void* start, int64_t rows, int64_t width, 
     return {static_cast<const char*>(start), rows, width, pitch, rows * ((width + 63) / 64) / times + 1};
 }
 
+// A block's rows become outputs, row by row or in the tiles' order.
+template <class P>
+VITFAST_INLINE void finish_block(const P& a, const typename P::Sum* sums, int64_t row, int64_t rows, int64_t first,
+                                 int64_t count) {
+    finish_rows(a, sums, kSumsRow, row, rows, first, count);
+}
+
+template <class Y>
+VITFAST_INLINE void finish_block(const Product<Y, Y>& a, const float* sums, int64_t row, int64_t rows, int64_t first,
+                                 int64_t count) {
+    if (!a.in_tiles.out) return finish_rows(a, sums, kSumsRow, row, rows, first, count);
+    TileRowWriter<Y> to(a.in_tiles.out, row, first / kTileLines, a.outputs / kTileLines);
+    finish_rows(a, sums, kSumsRow, row, rows, first, count, to.numbers(), kTileLines);
+    to.write(rows);
+}
+
 // What is done while the tiles multiply a block: the next block of the right operand comes into L2, evenly, as the
 // tiles' own loads wait for the same buffers; and the rows of the block before are finished.
 template <class P>
@@ -132,8 +148,9 @@ struct Meanwhile {
     static constexpr int64_t kFetches = std::is_same_v<Number, float> ? 8 : 2;  // in each step
     const P& a;
     const char* next = nullptr;
-    int64_t lines = 0;  // at each fetch
-    int64_t steps = 1;  // until the rows have to be finished
+    int64_t lines = 0;                                          // at each fetch
+    int64_t steps = 1;                                          // until the rows have to be finished
+    const int64_t at_once = a.finish == Finish::kNone ? 8 : 4;  // rows: more hold up the tiles, fewer cost calls
     Ahead residual{}, outputs{};
     const typename P::Sum* sums = nullptr;  // of the block before
     int64_t row = 0, rows = 0, first = 0, count = 0, done = 0;
@@ -159,13 +176,14 @@ struct Meanwhile {
     VITFAST_INLINE_MEMBER void finish(int64_t step) {
         residual.fetch();
         outputs.template fetch<true>();
-        finish_to((step + 1) * kTileLines / steps);
+        const int64_t due = (step + 1) * kTileLines / steps;
+        if (due - done >= at_once) finish_to(due);
     }
 
     VITFAST_INLINE_MEMBER void finish_to(int64_t end) {
         end = std::min(end, rows);
         if (end <= done) return;
-        finish_rows(a, sums + done * kSumsRow, kSumsRow, row + done, end - done, first, count);
+        finish_block(a, sums + done * kSumsRow, row + done, end - done, first, count);
         done = end;
     }
 
@@ -185,12 +203,13 @@ struct Meanwhile {
 template <class Number>
 constexpr int64_t kHotSteps = std::is_same_v<Number, float> ? 1 << 20 : 12;
 
-// Output rows [begin, end) and the columns of the blocks [first, last), over the steps [from, to). left: packed rows of
-// those steps; right: all of the packed operand. sums: of one block more than there are of rows, or, where `from` and
-// `to` are not all steps, of all blocks, with the sums of the steps before; finished when `to` is the last step.
+// Output rows [begin, end) and the columns of the blocks [first, last), over the steps [from, to). left: packed rows,
+// whose blocks are `pitch` steps long, from step `from` on; right: all of the packed operand. sums: of one block more
+// than there are of rows, or, where `from` and `to` are not all steps, of all blocks, with the sums of the steps
+// before; finished when `to` is the last step.
 template <class P>
-void multiply_rows_by_tiles(const P& a, const uint32_t* left, const uint32_t* right, int64_t begin, int64_t end,
-                            int64_t first, int64_t last, int64_t from, int64_t to, typename P::Sum* sums) {
+void multiply_rows_by_tiles(const P& a, const uint32_t* left, int64_t pitch, const uint32_t* right, int64_t begin,
+                            int64_t end, int64_t first, int64_t last, int64_t from, int64_t to, typename P::Sum* sums) {
     using Number = typename P::Number;
     const int64_t all_steps = tile_steps<Number>(a.inputs), steps = to - from, units = tile_blocks(end - begin);
     const bool at_once = steps == all_steps;
@@ -211,7 +230,7 @@ void multiply_rows_by_tiles(const P& a, const uint32_t* left, const uint32_t* ri
                 const int64_t slot = (index - first) * units + unit;
                 typename P::Sum* const block_sums = sums + (at_once ? slot % (units + 1) : slot) * kBlockSums;
                 if (finish) between.expect_rows(row, height, column, count);
-                multiply_packed<P>(height, count, left + (unit * steps + hot) * kTileStep<Number>,
+                multiply_packed<P>(height, count, left + (unit * pitch + hot) * kTileStep<Number>,
                                    block + hot * kTileStep<Number>, hot_end - hot, block_sums, from + hot > 0, between);
                 between.finish_to(kTileLines);
                 if (finish) between.begin(block_sums, row, height, column, count);
