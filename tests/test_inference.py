@@ -71,6 +71,27 @@ def test_norm_mlp(backend: str, dtype: torch.dtype, activation: str) -> None:
     check_parity(case, "norm_mlp", backend, dtype)
 
 
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu", "swiglu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 5, 32), (2, 33, 64), (1, 197, 96), (3, 17, 40)])
+def test_rows_between_products(shape: tuple[int, int, int], dtype: torch.dtype, activation: str) -> None:
+    """Widths of whole tiles go from one op to the next product in the tiles' order; 40 is none, 5 rows fill none."""
+    case = norm_mlp_case(shape, activation=activation, hidden=2 * shape[-1])
+    del case.tensors["drop_path"]
+    case.op, case.ref = without_gradients(case.op), without_gradients(case.ref)
+    check_parity(case, "norm_mlp", "cpu", dtype)
+    check_parity(norm_attention_case(shape, heads=1), "norm_attention", "cpu", dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_hidden_width_of_several_turns(dtype: torch.dtype) -> None:
+    """fp32's parts of 1024 numbers, or bf16's 3072, are more than stay in L2 at a time."""
+    case = norm_mlp_case((1, 70, 32), hidden=3072)
+    del case.tensors["drop_path"]
+    case.op, case.ref = without_gradients(case.op), without_gradients(case.ref)
+    check_parity(case, "norm_mlp", "cpu", dtype)
+
+
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 def test_under_autocast(backend: str) -> None:
     """An fp32 residual stream with bf16 products."""

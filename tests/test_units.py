@@ -22,9 +22,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(2, 5, 24), (1, 1, 8), (3, 17, 40), (0, 4, 16)]
 
 
-def mlp_case(shape: tuple[int, ...], activation: str = "gelu", bias: bool = True) -> Case:
+def mlp_case(shape: tuple[int, ...], activation: str = "gelu", bias: bool = True, hidden: int | None = None) -> Case:
     D = shape[-1]
-    F = 2 * D + 8
+    F = 2 * D + 8 if hidden is None else hidden
     H = 2 * F if activation == "swiglu" else F
     return Case(
         op=partial(ops.mlp, activation=activation),
@@ -40,10 +40,14 @@ def mlp_case(shape: tuple[int, ...], activation: str = "gelu", bias: bool = True
 
 
 def norm_mlp_case(
-    shape: tuple[int, ...], recompute: str = "fused", extras: bool = True, activation: str = "gelu"
+    shape: tuple[int, ...],
+    recompute: str = "fused",
+    extras: bool = True,
+    activation: str = "gelu",
+    hidden: int | None = None,
 ) -> Case:
     D = shape[-1]
-    inner = mlp_case(shape, activation, bias=extras).tensors
+    inner = mlp_case(shape, activation, extras, hidden).tensors
     factor = torch.tensor([0.0, 2.0, 1.25])[: shape[0]]
     return Case(
         op=partial(ops.norm_mlp, recompute=recompute, activation=activation),

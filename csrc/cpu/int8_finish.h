@@ -11,7 +11,7 @@ VITFAST_INLINE IVec load_int(const void* from) {
 template <class Activation, class Y>
 void finish_int8(const Int8Product<Y>& a, const int32_t* sums, int64_t sums_row, int64_t row, int64_t rows,
                  int64_t first, int64_t count) {
-    const bool biased = a.bias.as_float || a.bias.as_bf16, scaled = a.scale.as_float || a.scale.as_bf16;
+    const bool biased = bool(a.bias), scaled = bool(a.scale);
     for (int64_t j = 0; j < count; j += kLanes) {
         const int64_t n = count - j;
         const IVec started = load_int(a.start + first + j);

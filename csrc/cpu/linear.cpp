@@ -214,8 +214,16 @@ void linear_weight_grad(Tensor d_out, Tensor x, Tensor d_weight) {
         args.inputs = rows;
         args.outputs = inputs;
         args.out = mutable_data<Y>(d_weight);
-        const RightOperand<Y> right{data<Y>(x), inputs, inputs, rows, true};
-        if (has_tiles()) return multiply_by_tiles(args, right);
+        RightOperand<Y> right{data<Y>(x), inputs, inputs, rows, true};
+        if (has_tiles()) {
+            if (inputs > outputs) {  // the wider one on the left, where it is packed a block at a time and stays in L2
+                args.out_transposed = true;
+                std::swap(args.x, right.x);
+                std::swap(args.rows, args.outputs);
+                right.row_stride = right.outputs = args.outputs;
+            }
+            return multiply_by_tiles(args, right);
+        }
         const int64_t panel_words = (rows * sizeof(Y) + 3) / 4 * kPanelColumns;
         Scratch packed(panels * panel_words);
         uint32_t* const words = packed.take<uint32_t>(panels * panel_words);

@@ -29,19 +29,25 @@ struct TileRows {
     uint32_t* out = nullptr;
 };
 
-// A vector of fp32 or bf16 numbers, or (both null) none.
+// Numbers in fp32 or bf16, or (both null) none.
 struct Parameter {
     const float* as_float = nullptr;
     const bf16* as_bf16 = nullptr;
+
+    explicit operator bool() const { return as_float || as_bf16; }
 };
 
 enum class Finish { kNone, kGelu, kGeluTanh, kQuickGelu };
 
-inline Parameter parameter(const char* name, const OptionalTensor& x, int64_t size) {
-    check(name, x, Device::kCpu, {ScalarType::Float, ScalarType::BFloat16}, {size});
+inline Parameter numbers_of(const OptionalTensor& x) {
     if (!x.has_value()) return {};
     if (x->scalar_type() == ScalarType::Float) return {data<float>(x), nullptr};
     return {nullptr, data<bf16>(x)};
+}
+
+inline Parameter parameter(const char* name, const OptionalTensor& x, int64_t size) {
+    check(name, x, Device::kCpu, {ScalarType::Float, ScalarType::BFloat16}, {size});
+    return numbers_of(x);
 }
 
 inline Finish finish_of(const std::string& activation) {
@@ -74,7 +80,8 @@ struct Product {
     const float* drop_path;
     int64_t rows_per_sample;
     X* out;
-    TileRows in_tiles;  // x and out where they are not row by row
+    TileRows in_tiles;            // x and out where they are not row by row
+    bool out_transposed = false;  // out[outputs, rows], by tiles alone
 };
 
 }  // namespace vitfast

@@ -6,7 +6,7 @@ template <class Activation, class X, class Y>
 void finish_rows(const Product<X, Y>& a, const float* sums, int64_t sums_row, int64_t row, int64_t rows, int64_t first,
                  int64_t count, X* out, int64_t out_row) {
     constexpr bool kActivates = !std::is_void_v<Activation>;
-    const bool biased = a.bias.as_float || a.bias.as_bf16, scaled = a.scale.as_float || a.scale.as_bf16;
+    const bool biased = bool(a.bias), scaled = bool(a.scale);
     for (int64_t j = 0; j < count; j += kLanes) {
         const int64_t n = count - j;
         const Vec bias = biased ? load(a.bias, first + j, n) : Vec{},

@@ -3,6 +3,7 @@
 
 #include "check.h"
 #include "isa.h"
+#include "linear.h"
 
 // Shapes: B images of C channels and Hi x Wi pixels, patches of P x P, N = (Hi / P) * (Wi / P), R prefix tokens, D
 // width.
@@ -28,7 +29,7 @@ struct Unpatchify {
 template <class Y, class X>
 struct AssembleTokens {
     const Y* projected;
-    const float *bias, *pos_embed, *prefix;
+    Parameter bias, pos_embed, prefix;
     X* tokens;
     int64_t width, tokens_per_image, prefixes;
     bool pos_has_prefix;
@@ -128,12 +129,11 @@ void assemble_tokens(Tensor projected, OptionalTensor bias, OptionalTensor pos_e
                      Tensor tokens) {
     check("tokens", tokens, Device::kCpu, {kFloat, kBFloat16}, {-1, -1, -1});
     const int64_t batch = tokens.size(0), length = tokens.size(1), width = tokens.size(2);
-    check("prefix", prefix, Device::kCpu, {kFloat}, {-1, width});
+    check("prefix", prefix, Device::kCpu, {kFloat, kBFloat16}, {-1, width});
     const int64_t prefixes = prefix.has_value() ? prefix->size(0) : 0, patches = length - prefixes;
     if (patches < 0) fail("prefix has ", prefixes, " rows; tokens has room for ", length);
     check("projected", projected, Device::kCpu, {kFloat, kBFloat16}, {batch * patches, width});
-    check("bias", bias, Device::kCpu, {kFloat}, {width});
-    check("pos_embed", pos_embed, Device::kCpu, {kFloat}, {-1, width});
+    check("pos_embed", pos_embed, Device::kCpu, {kFloat, kBFloat16}, {-1, width});
     const int64_t positions = pos_embed.has_value() ? pos_embed->size(0) : length;
     if (positions != length && positions != patches) {
         fail("pos_embed has ", positions, " rows; allowed: ", patches, " (patches) or ", length, " (prefix too)");
@@ -143,9 +143,9 @@ void assemble_tokens(Tensor projected, OptionalTensor bias, OptionalTensor pos_e
             using Y = decltype(y_type);
             using X = decltype(x_type);
             const AssembleTokens<Y, X> args{data<Y>(projected),
-                                            data<float>(bias),
-                                            data<float>(pos_embed),
-                                            data<float>(prefix),
+                                            parameter("bias", bias, width),
+                                            numbers_of(pos_embed),
+                                            numbers_of(prefix),
                                             mutable_data<X>(tokens),
                                             width,
                                             length,

@@ -1,4 +1,5 @@
 // Pixels to patches and back, and the assembly of tokens. Included by for_each_isa.h.
+#include "parameter.h"
 
 VITFAST_INLINE Vec load(const uint8_t* from) {
     typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
@@ -81,17 +82,17 @@ void assemble_rows(const AssembleTokens<Y, X>& a, int64_t begin, int64_t end) {
         const bool is_prefix = at < a.prefixes;
         const int64_t patch = at - a.prefixes, position = a.pos_has_prefix ? at : patch;
         const int64_t patches = a.tokens_per_image - a.prefixes;
-        const float* const pos = a.pos_embed && position >= 0 ? a.pos_embed + position * a.width : nullptr;
+        const bool placed = a.pos_embed && position >= 0;
         for (int64_t d = 0; d < a.width; d += kLanes) {
             const int64_t n = a.width - d;
             Vec value;
             if (is_prefix) {
-                value = load(a.prefix + at * a.width + d, n);
+                value = load(a.prefix, at * a.width + d, n);
             } else {
                 value = load(a.projected + (image * patches + patch) * a.width + d, n);
-                if (a.bias) value += load(a.bias + d, n);
+                if (a.bias) value += load(a.bias, d, n);
             }
-            if (pos) value += load(pos + d, n);
+            if (placed) value += load(a.pos_embed, position * a.width + d, n);
             store(a.tokens + token * a.width + d, value, n);
         }
     }

@@ -9,6 +9,8 @@
 #include "int8_finish.h"
 #include "linear_finish.h"
 #include "tile_pack.h"
+// and after that
+#include "tile_finish.h"
 
 // Tiles: see amx_tiles.h. They are loaded as soon as the last product that needs the old ones has begun.
 #define VITFAST_UPPER(part) _tile_loadd(4, a + (part) * kPartWords, 64);
@@ -97,9 +99,6 @@ VITFAST_INLINE void add_products(Number, const uint32_t* a, const uint32_t* b, i
 #undef VITFAST_LOWER_LEFT
 #undef VITFAST_LOWER_RIGHT
 
-constexpr int64_t kBlockSums = kTileLines * kTileLines;
-constexpr int64_t kSumsRow = kTileLines;
-
 // sums[rows, 16 or (kRight) 32 columns] = (or +=) A * B over `steps` steps; rows as configured, kLower: more than 16.
 template <class P, bool kLower, bool kRight, class Between>
 VITFAST_INLINE void multiply_packed(const uint32_t* a, const uint32_t* b, int64_t steps, typename P::Sum* sums,
@@ -119,27 +118,6 @@ VITFAST_INLINE void multiply_packed(int64_t rows, int64_t columns, const uint32_
     multiply_packed<P, false, false>(a, b, steps, sums, add, between);
 }
 
-// Rows of `pitch` bytes whose first `width` bytes are needed, as memory to fetch in `times` parts.
-VITFAST_INLINE Ahead rows_ahead(const void* start, int64_t rows, int64_t width, int64_t pitch, int64_t times) {
-    return {static_cast<const char*>(start), rows, width, pitch, rows * ((width + 63) / 64) / times + 1};
-}
-
-// A block's rows become outputs, row by row or in the tiles' order.
-template <class P>
-VITFAST_INLINE void finish_block(const P& a, const typename P::Sum* sums, int64_t row, int64_t rows, int64_t first,
-                                 int64_t count) {
-    finish_rows(a, sums, kSumsRow, row, rows, first, count);
-}
-
-template <class Y>
-VITFAST_INLINE void finish_block(const Product<Y, Y>& a, const float* sums, int64_t row, int64_t rows, int64_t first,
-                                 int64_t count) {
-    if (!a.in_tiles.out) return finish_rows(a, sums, kSumsRow, row, rows, first, count);
-    TileRowWriter<Y> to(a.in_tiles.out, row, first / kTileLines, a.outputs / kTileLines);
-    finish_rows(a, sums, kSumsRow, row, rows, first, count, to.numbers(), kTileLines);
-    to.write(rows);
-}
-
 // What is done while the tiles multiply a block: the next block of the right operand comes into L2, evenly, as the
 // tiles' own loads wait for the same buffers; and the rows of the block before are finished.
 template <class P>
@@ -148,9 +126,9 @@ struct Meanwhile {
     static constexpr int64_t kFetches = std::is_same_v<Number, float> ? 8 : 2;  // in each step
     const P& a;
     const char* next = nullptr;
-    int64_t lines = 0;                                          // at each fetch
-    int64_t steps = 1;                                          // until the rows have to be finished
-    const int64_t at_once = a.finish == Finish::kNone ? 8 : 4;  // rows: more hold up the tiles, fewer cost calls
+    int64_t lines = 0;  // at each fetch
+    int64_t steps = 1;  // until the rows have to be finished
+    const int64_t at_once = rows_at_once(a);
     Ahead residual{}, outputs{};
     const typename P::Sum* sums = nullptr;  // of the block before
     int64_t row = 0, rows = 0, first = 0, count = 0, done = 0;
@@ -165,7 +143,7 @@ struct Meanwhile {
     // Where the rows that are multiplied now will be written to, and what they are added to, comes closer.
     void expect_rows(int64_t from, int64_t height, int64_t column, int64_t columns) {
         const int64_t at = from * a.outputs + column, size = sizeof(*a.out), pitch = a.outputs * size;
-        outputs = rows_ahead(a.out + at, height, columns * size, pitch, steps);
+        outputs = outputs_ahead(a, from, height, column, columns, steps);
         if (a.residual) residual = rows_ahead(a.residual + at, height, columns * size, pitch, steps);
     }
 
@@ -176,8 +154,8 @@ struct Meanwhile {
     VITFAST_INLINE_MEMBER void finish(int64_t step) {
         residual.fetch();
         outputs.template fetch<true>();
-        const int64_t due = (step + 1) * kTileLines / steps;
-        if (due - done >= at_once) finish_to(due);
+        const int64_t due = (step + 1) * kTileLines / steps / at_once * at_once;
+        if (due > done) finish_to(due);
     }
 
     VITFAST_INLINE_MEMBER void finish_to(int64_t end) {

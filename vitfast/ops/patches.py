@@ -38,8 +38,12 @@ class PatchProducts:
         B, _, height, width = images_BCHW.shape
         P = weight_DCPP.shape[-1]
         patches = self.patchify(images_BCHW, P, scale_C, shift_C, weight_DCPP.dtype)
-        projected = self.linear(patches, weight_DCPP.flatten(1), None)
+        projected = self.project_patches(patches, weight_DCPP.flatten(1))
         return self.assemble_tokens(projected, B, (height // P) * (width // P), bias_D, pos_embed, prefix_RD, dtype)
+
+    def project_patches(self, patches_TK: Tensor, weight_DK: Tensor) -> Tensor:
+        """[T, D]"""
+        return self.linear(patches_TK, weight_DK, None)
 
     def patches_weight_grad(
         self, d_projected: Tensor, images_BCHW: Tensor, P: int, scale_C: Tensor, shift_C: Tensor, d_tokens: Tensor

@@ -32,6 +32,30 @@ class CpuKernels(RawKernels):
         self._linear(x, weight, False, None, bias, "none", None, None, None, None, out)
         return out
 
+    def project_patches(self, patches_TK: Tensor, weight_DK: Tensor) -> Tensor:
+        if weight_DK.dtype not in self.own_dtypes:
+            return super().project_patches(patches_TK, weight_DK)
+        out = patches_TK.new_empty(patches_TK.shape[0], weight_DK.shape[0])
+        weight, panels = self._constant(weight_DK)  # also in training, where it is packed once a step either way
+        self._linear(patches_TK, weight, False, panels, None, "none", None, None, None, None, out)
+        return out
+
+    def assemble_tokens(
+        self,
+        projected: Tensor,
+        images: int,
+        patches: int,
+        bias: Tensor | None,
+        pos_embed: Tensor | None,
+        prefix: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        R = 0 if prefix is None else prefix.shape[0]
+        tokens = projected.new_empty(images, R + patches, projected.shape[1], dtype=dtype)
+        parameters = (p if p is None or p.dtype == torch.bfloat16 else p.float() for p in (bias, pos_embed, prefix))
+        self.functions.assemble_tokens(projected, *parameters, tokens)
+        return tokens
+
     def linear_activation(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, keep: bool
     ) -> tuple[Tensor, Tensor]:
