@@ -8,7 +8,7 @@ namespace vitfast {
 
 void layer_norm_forward(Tensor x, OptionalTensor branch, OptionalTensor scale, OptionalTensor drop_path, Tensor weight,
                         Tensor bias, double eps, OptionalTensor total, Tensor normed, Tensor mean, Tensor rstd,
-                        uint32_t* in_tiles = nullptr);
+                        bf16* in_tiles = nullptr);
 void linear(Tensor x, Tensor weight, bool transposed, OptionalTensor packed, OptionalTensor bias,
             std::string activation, OptionalTensor residual, OptionalTensor scale, OptionalTensor drop_path,
             OptionalTensor before, Tensor out, TileRows in_tiles = {});

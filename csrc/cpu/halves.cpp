@@ -20,30 +20,16 @@ namespace {
 constexpr auto kFloat = ScalarType::Float;
 constexpr auto kBFloat16 = ScalarType::BFloat16;
 
-// Whether a matrix goes from one op to the next product in the order of TileRows, so that the product need not pack it.
-bool in_tile_order(int64_t rows, int64_t width) { return has_tiles() && rows > kFewRows && width % kTileLines == 0; }
-
 // A tensor that lives during one call only.
 class Temporary {
   public:
-    Temporary(std::initializer_list<int64_t> shape, ScalarType dtype)
-        : memory_(count(shape) * (dtype == kFloat ? 4 : 2)), tensor_(view(memory_.data(), shape, dtype)) {}
-
-    // A matrix between an op and a product, in tiles' order where that can be.
-    Temporary(int64_t rows, int64_t width, ScalarType dtype)
-        : memory_(bytes_of_rows(rows, width, dtype)), tensor_(view(memory_.data(), {rows, width}, dtype)) {
-        if (in_tile_order(rows, width)) tiles_ = static_cast<uint32_t*>(memory_.data());
-    }
+    // spare: bytes behind it
+    Temporary(std::initializer_list<int64_t> shape, ScalarType dtype, int64_t spare = 0)
+        : memory_(count(shape) * (dtype == kFloat ? 4 : 2) + spare), tensor_(view(memory_.data(), shape, dtype)) {}
 
     const Tensor& operator*() const { return tensor_; }
-    uint32_t* tiles() const { return tiles_; }  // null: the tensor's rows lie one after the other
 
   private:
-    static int64_t bytes_of_rows(int64_t rows, int64_t width, ScalarType dtype) {
-        if (!in_tile_order(rows, width)) return count({rows, width}) * (dtype == kFloat ? 4 : 2);
-        return 4 * (dtype == kFloat ? tile_rows_words<float>(rows, width) : tile_rows_words<bf16>(rows, width));
-    }
-
     static int64_t count(std::initializer_list<int64_t> shape) {
         int64_t product = 1;
         for (const int64_t size : shape) product *= size;
@@ -61,7 +47,20 @@ class Temporary {
 
     KeptMemory memory_;
     Tensor tensor_;
-    uint32_t* tiles_ = nullptr;
+};
+
+// A matrix between an op and a product: in the order of TileRows where the product would otherwise bring it into that.
+// fp32's parts take half as much again, and more time on their way than packing does.
+class Between : public Temporary {
+  public:
+    Between(int64_t rows, int64_t width, ScalarType dtype)
+        : Temporary({rows, width}, dtype, kTileLines * width * sizeof(bf16)),
+          tiles_(has_tiles() && dtype == kBFloat16 && width % kTileLines == 0) {}
+
+    bf16* tiles() const { return tiles_ ? mutable_data<bf16>(**this) : nullptr; }  // null: row by row
+
+  private:
+    bool tiles_;
 };
 
 // A vector of bf16 numbers as fp32, in `wide`.
@@ -74,12 +73,12 @@ Tensor as_float(const char* name, const Tensor& x, const Temporary& wide) {
     return *wide;
 }
 
-void norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps, const Temporary& normed) {
+void norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps, const Tensor& normed, bf16* in_tiles) {
     const int64_t rows = x.size(0), width = x.size(1);
     const Temporary mean({rows}, kFloat), rstd({rows}, kFloat), wide_weight({width}, kFloat),
         wide_bias({width}, kFloat);
     layer_norm_forward(x, {}, {}, {}, as_float("norm_weight", weight, wide_weight),
-                       as_float("norm_bias", bias, wide_bias), eps, {}, *normed, *mean, *rstd, normed.tiles());
+                       as_float("norm_bias", bias, wide_bias), eps, {}, normed, *mean, *rstd, in_tiles);
 }
 
 int64_t head_dim_of(const Tensor& qkv_weight, int64_t heads) {
@@ -99,8 +98,9 @@ void norm_attention_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, doub
     const auto dtype = qkv_weight.scalar_type();
     const int64_t rows = x.size(0), head_dim = head_dim_of(qkv_weight, heads), outputs = 3 * heads * head_dim;
     const Temporary qkv({rows, 3, heads, head_dim}, dtype), attended({rows, heads, head_dim}, dtype);
-    const Temporary normed(rows, x.size(1), dtype), lse({heads, rows}, kFloat);
-    norm(x, norm_weight, norm_bias, eps, normed);
+    const Between normed(rows, x.size(1), dtype);
+    const Temporary lse({heads, rows}, kFloat);
+    norm(x, norm_weight, norm_bias, eps, *normed, normed.tiles());
     linear(*normed, qkv_weight, false, qkv_packed, qkv_bias, "none", {}, {}, {}, {},
            torch::stable::view(*qkv, {rows, outputs}), {normed.tiles(), nullptr});
     attention_forward(*qkv, scale, {}, {}, {}, {}, false, "", "", {}, {}, {}, {}, 0.0, 0.0, cu_seqlens, max_seqlen,
@@ -119,8 +119,8 @@ void norm_mlp_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, double eps
     const int64_t rows = x.size(0);
     const bool gated = activation == "swiglu";  // joins columns that the product computes apart
     const int64_t width = fc1_weight.size(0);
-    const Temporary normed(rows, x.size(1), dtype);
-    norm(x, norm_weight, norm_bias, eps, normed);
+    const Between normed(rows, x.size(1), dtype);
+    norm(x, norm_weight, norm_bias, eps, *normed, normed.tiles());
     if (gated) {
         const Temporary hidden({rows, width}, dtype), joined({rows, width / 2}, dtype);
         linear(*normed, fc1_weight, false, fc1_packed, fc1_bias, "none", {}, {}, {}, {}, *hidden,
@@ -128,7 +128,7 @@ void norm_mlp_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, double eps
         activation_forward(*hidden, activation, *joined);
         return linear(*joined, fc2_weight, false, fc2_packed, fc2_bias, "none", x, scale, {}, {}, out);
     }
-    const Temporary hidden(rows, width, dtype);
+    const Between hidden(rows, width, dtype);
     linear(*normed, fc1_weight, false, fc1_packed, fc1_bias, activation, {}, {}, {}, {}, *hidden,
            {normed.tiles(), hidden.tiles()});
     linear(*hidden, fc2_weight, false, fc2_packed, fc2_bias, "none", x, scale, {}, {}, out, {hidden.tiles(), nullptr});
@@ -191,7 +191,7 @@ void first_token_forward(const Tensor& x, const BlockParameters& p, int64_t head
     const Temporary normed({rows, width}, dtype), first_normed({images, width}, dtype);
     const Temporary first({images, width}, x.scalar_type()), middle({images, width}, x.scalar_type());
     const Temporary q({images, C}, dtype), kv({rows, 2 * C}, dtype), attended({images, C}, dtype);
-    norm(x, p.get(0), p.get(1), eps, normed);
+    norm(x, p.get(0), p.get(1), eps, *normed, nullptr);
     first_rows(x, length, first);
     first_rows(*normed, length, first_normed);
     const Rows of_q(weight, p.maybe(3), p.maybe(4), 0, C), of_kv(weight, p.maybe(3), p.maybe(4), C, 2 * C);

@@ -4,7 +4,6 @@
 #include "check.h"
 #include "forward.h"
 #include "reduce.h"
-#include "tile_linear.h"
 
 // Shapes: T rows, D width, B samples (T % B == 0, T // B rows each). X: residual dtype, Y: compute dtype.
 namespace vitfast {
@@ -19,7 +18,7 @@ struct LayerNormForward {
     Y* normed;  // null: scale_add_forward, only the total
     float *mean, *rstd;
     int64_t width, rows_per_sample;
-    uint32_t* in_tiles;  // null, or where normed is written instead, in the order of TileRows
+    bf16* in_tiles;  // null, or where normed is written instead, in the order of TileRows
 };
 
 template <class X, class Y>
@@ -45,7 +44,6 @@ struct LayerNormBackward {
 
 }  // namespace vitfast
 
-#define VITFAST_WITH_AMX
 #define VITFAST_KERNEL "layer_norm_kernel.h"
 #include "for_each_isa.h"
 
@@ -91,7 +89,7 @@ int64_t grain(int64_t width) { return std::max<int64_t>(1, 16384 / std::max<int6
 // in_tiles: where normed is written in the order of TileRows; the tensor then gives shape and dtype alone.
 void layer_norm_forward(Tensor x, OptionalTensor branch, OptionalTensor scale, OptionalTensor drop_path, Tensor weight,
                         Tensor bias, double eps, OptionalTensor total, Tensor normed, Tensor mean, Tensor rstd,
-                        uint32_t* in_tiles) {
+                        bf16* in_tiles) {
     with_dtypes("x", x, "normed", normed, [&](auto x_type, auto y_type) {
         using X = decltype(x_type);
         using Y = decltype(y_type);

@@ -1,11 +1,6 @@
 // LayerNorm over rows of D elements, with an optional scaled branch added first. Included by for_each_isa.h.
 // X: dtype of the residual stream, Y: dtype of branch and normed. All arithmetic is fp32.
 #include "layer_norm_row.h"
-#if VITFAST_AMX
-#include "gemm.h"
-// after that
-#include "tile_pack.h"
-#endif
 
 // scale[d] * drop_path of the row's sample; 1 where neither is given.
 VITFAST_INLINE Vec branch_factor(const float* scale, float drop_path, int64_t d, int64_t n) {
@@ -17,17 +12,14 @@ VITFAST_INLINE Vec scale_add(const X* x, const Y* branch, const float* scale, fl
     return fma(branch_factor(scale, drop_path, d, n), load(branch + d, n), load(x + d, n));
 }
 
-#if VITFAST_AMX
-template <class X, class Y>
-void normalise_in_tiles(const LayerNormForward<X, Y>& a, int64_t t, const X* row, const X* next) {
+// Row t of normed, in the order of TileRows.
+template <class X>
+void normalise_in_tiles(const LayerNormForward<X, bf16>& a, int64_t t, const X* row, const X* next) {
     for (int64_t d = 0; d < a.width; d += kTileLines) {
-        TileRowWriter<Y> to(a.in_tiles, t, d / kTileLines, a.width / kTileLines);
-        normalise_row(row + d, a.mean[t], a.rstd[t], a.weight + d, a.bias + d, to.numbers(), kTileLines,
-                      next ? next + d : nullptr);
-        to.write(1);
+        bf16* const to = a.in_tiles + place_in_tiles(t, d, a.width);
+        normalise_row(row + d, a.mean[t], a.rstd[t], a.weight + d, a.bias + d, to, kTileLines, next ? next + d : next);
     }
 }
-#endif
 
 template <class X, class Y>
 void layer_norm_forward_rows(const LayerNormForward<X, Y>& a, int64_t begin, int64_t end) {
@@ -47,12 +39,12 @@ void layer_norm_forward_rows(const LayerNormForward<X, Y>& a, int64_t begin, int
         if (!a.normed) continue;
         row_statistics(row, a.width, a.eps, a.mean + t, a.rstd + t);
         const X* const next = a.branch ? nullptr : row + a.width;
-#if VITFAST_AMX
-        if (a.in_tiles) {
-            normalise_in_tiles(a, t, row, next);
-            continue;
+        if constexpr (std::is_same_v<Y, bf16>) {
+            if (a.in_tiles) {
+                normalise_in_tiles(a, t, row, next);
+                continue;
+            }
         }
-#endif
         normalise_row(row, a.mean[t], a.rstd[t], a.weight, a.bias, a.normed + t * a.width, a.width, next);
     }
 }

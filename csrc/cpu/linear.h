@@ -22,12 +22,18 @@ inline int64_t panel_columns(int64_t outputs, int64_t panel) {
     return left >= kPanelColumns ? kPanelColumns : (left + kPanelStep - 1) / kPanelStep * kPanelStep;
 }
 
-// Matrices [T, W] in the order in which AMX's tiles load a product's left operand, from one op to the next that reads
-// it: [blocks of 32 rows][steps of 32 columns][parts of a number][32][32] of bf16. W is a multiple of 32.
+// bf16 matrices [T, W] in the order in which AMX's tiles load a product's left operand, from one op to the next that
+// reads it: [blocks of 32 rows][W / 32][32][32]. W is a multiple of 32.
 struct TileRows {
-    const uint32_t* x = nullptr;
-    uint32_t* out = nullptr;
+    const bf16* x = nullptr;
+    bf16* out = nullptr;
 };
+
+// Where the 32 numbers of a row lie that begin at `column`, a multiple of 32; the next row's follow, up to the block's
+// end.
+inline int64_t place_in_tiles(int64_t row, int64_t column, int64_t width) {
+    return row / kTileLines * kTileLines * width + column * kTileLines + row % kTileLines * kTileLines;
+}
 
 // Numbers in fp32 or bf16, or (both null) none.
 struct Parameter {

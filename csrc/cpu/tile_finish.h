@@ -34,10 +34,13 @@ template <class Y>
 VITFAST_INLINE void finish_block(const Product<Y, Y>& a, const float* sums, int64_t row, int64_t rows, int64_t first,
                                  int64_t count) {
     if (a.out_transposed) return store_transposed(sums, rows, count, a.out + first * a.rows + row, a.rows);
-    if (!a.in_tiles.out) return finish_rows(a, sums, kSumsRow, row, rows, first, count);
-    TileRowWriter<Y> to(a.in_tiles.out, row, first / kTileLines, a.outputs / kTileLines);
-    finish_rows(a, sums, kSumsRow, row, rows, first, count, to.numbers(), kTileLines);
-    to.write(rows);
+    if constexpr (std::is_same_v<Y, bf16>) {
+        if (a.in_tiles.out) {
+            bf16* const out = a.in_tiles.out + place_in_tiles(row, first, a.outputs);
+            return finish_rows(a, sums, kSumsRow, row, rows, first, count, out, kTileLines);
+        }
+    }
+    finish_rows(a, sums, kSumsRow, row, rows, first, count);
 }
 
 template <class P>
@@ -56,14 +59,13 @@ Ahead outputs_ahead(const Product<Y, Y>& a, int64_t row, int64_t rows, int64_t f
     return rows_ahead(a.in_tiles.out + block * kTileStep<Y>, 1, kTileStep<Y> * sizeof(uint32_t), 0, times);
 }
 
-// Rows that are finished in one go: more hold up the tiles, fewer cost calls; a transposed tile is finished whole.
+// Rows that are finished in one go: more hold up the tiles, fewer cost calls. A step of fp32's parts is long enough for
+// its share of the rows; a transposed tile is finished whole.
 template <class P>
 int64_t rows_at_once(const P& a) {
-    return a.finish == Finish::kNone ? 8 : 4;
-}
-
-template <class Y>
-int64_t rows_at_once(const Product<Y, Y>& a) {
-    if (a.out_transposed) return kTile;
+    if constexpr (std::is_same_v<typename P::Number, float>) return a.out_transposed ? kTile : 1;
+    if constexpr (std::is_same_v<typename P::Number, bf16>) {
+        if (a.out_transposed) return kTile;
+    }
     return a.finish == Finish::kNone ? 8 : 4;
 }

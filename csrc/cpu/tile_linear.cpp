@@ -76,13 +76,9 @@ void pack_tiles(const RightOperand<Y>& right, uint32_t* packed) {
 }
 
 template <class P>
-const uint32_t* left_in_tiles(const P&) {
+const uint32_t* left_in_tiles(const P& args) {
+    if constexpr (std::is_same_v<typename P::Number, bf16>) return reinterpret_cast<const uint32_t*>(args.in_tiles.x);
     return nullptr;
-}
-
-template <class X, class Y>
-const uint32_t* left_in_tiles(const Product<X, Y>& args) {
-    return args.in_tiles.x;
 }
 
 template <class P>

@@ -33,12 +33,6 @@ int64_t tile_words(int64_t inputs, int64_t outputs) {
     return tile_blocks(outputs) * tile_steps<Number>(inputs) * kTileStep<Number>;
 }
 
-// Words of a matrix [rows, width] in the tiles' order (TileRows).
-template <class Number>
-int64_t tile_rows_words(int64_t rows, int64_t width) {
-    return tile_blocks(rows) * tile_steps<Number>(width) * kTileStep<Number>;
-}
-
 // Whether products are made by tiles: on a CPU that has them.
 inline bool has_tiles() { return cpu_capability() == Capability::kAmx; }
 

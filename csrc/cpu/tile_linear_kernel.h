@@ -154,7 +154,7 @@ struct Meanwhile {
     VITFAST_INLINE_MEMBER void finish(int64_t step) {
         residual.fetch();
         outputs.template fetch<true>();
-        const int64_t due = (step + 1) * kTileLines / steps / at_once * at_once;
+        const int64_t due = (step + 1) * kTileLines / steps & -at_once;
         if (due > done) finish_to(due);
     }
 

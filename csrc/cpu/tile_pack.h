@@ -128,34 +128,6 @@ void pack_lines(const Y* x, int64_t stride, int64_t lines, int64_t numbers, uint
     }
 }
 
-// Step `step` of rows from `row` on, within a block of 32, in a matrix of the tiles' order (TileRows): numbers()
-// is where they are put, [rows][32]; then write() makes words of them. bf16 numbers are put where they belong.
-template <class Y>
-class TileRowWriter {
-  public:
-    TileRowWriter(uint32_t* tiles, int64_t row, int64_t step, int64_t steps)
-        : lines_(tiles + (row / kTileLines * steps + step) * kTileStep<Y> + row % kTileLines * kTile) {}
-
-    VITFAST_INLINE_MEMBER Y* numbers() {
-        if constexpr (std::is_same_v<Y, bf16>) return reinterpret_cast<bf16*>(lines_);
-        return made_;
-    }
-
-    VITFAST_INLINE_MEMBER void write(int64_t rows) const {
-        if constexpr (std::is_same_v<Y, bf16>) return;
-        for (int64_t i = 0; i < rows; ++i) {
-            Vec parts[kTileParts<Y>];
-            Words<Y>::along(made_ + i * kTileLines, kTileLines, parts);
-#pragma GCC unroll 3
-            for (int p = 0; p < kTileParts<Y>; ++p) store_words(lines_ + p * kPartWords + i * kTile, parts[p]);
-        }
-    }
-
-  private:
-    uint32_t* lines_;
-    alignas(64) Y made_[std::is_same_v<Y, bf16> ? 1 : kTileLines * kTileLines];
-};
-
 // Blocks [begin, end) of the right operand.
 template <class Y>
 void pack_right(const RightOperand<Y>& right, int64_t begin, int64_t end, uint32_t* packed) {
