@@ -77,8 +77,9 @@ def run(args: argparse.Namespace) -> int:
     if "model_args" in overrides:
         recipe_args = RECIPES[args.recipe].settings.get("model_args", {}) if args.recipe else {}
         overrides["model_args"] = recipe_args | dict(overrides["model_args"])
-    from vitfast.train import Interrupted, fit
+    from vitfast.train import Interrupted, fit, keep_freed_memory
 
+    keep_freed_memory()
     try:
         result = fit(
             recipe=args.recipe, resume=args.resume, overwrite=args.overwrite, download=args.download, **overrides

@@ -19,6 +19,7 @@ _HOMES = {
     "TrainConfig": "config",
     "TrainingError": "engine",
     "fit": "run",
+    "keep_freed_memory": "memory",
     "load_checkpoint": "checkpoint",
     "load_dataset": "data",
     "load_model": "checkpoint",
