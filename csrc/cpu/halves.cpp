@@ -53,13 +53,18 @@ class Temporary {
 // fp32's parts take half as much again, and more time on their way than packing does.
 class Between : public Temporary {
   public:
-    Between(int64_t rows, int64_t width, ScalarType dtype)
-        : Temporary({rows, width}, dtype, kTileLines * width * sizeof(bf16)),
-          tiles_(has_tiles() && dtype == kBFloat16 && width % kTileLines == 0) {}
+    Between(int64_t rows, int64_t width, ScalarType dtype) : Between(rows, width, dtype, in_tiles(width, dtype)) {}
 
     bf16* tiles() const { return tiles_ ? mutable_data<bf16>(**this) : nullptr; }  // null: row by row
 
   private:
+    Between(int64_t rows, int64_t width, ScalarType dtype, bool tiles)
+        : Temporary({rows, width}, dtype, tiles ? kTileLines * width * sizeof(bf16) : 0), tiles_(tiles) {}
+
+    static bool in_tiles(int64_t width, ScalarType dtype) {
+        return has_tiles() && dtype == kBFloat16 && width % kTileLines == 0;
+    }
+
     bool tiles_;
 };
 
