@@ -12,7 +12,6 @@ namespace vitfast {
 constexpr int64_t kPanelColumns = 64;  // 4 vectors of AVX-512, the width of its register tile
 constexpr int64_t kPanelStep = 16;     // the last panel's columns are rounded up to this
 
-constexpr int64_t kTileLines = 32;  // rows, or columns, of a block of AMX's tiles
 constexpr int64_t kFewRows = 4;     // of fp32 that are multiplied with the weight as it lies
 
 inline int64_t panels_of(int64_t outputs) { return (outputs + kPanelColumns - 1) / kPanelColumns; }

@@ -1,6 +1,6 @@
 // Operands of products by AMX's tiles. A packed block of 32 lines (rows of the left operand, columns of the right one):
 // [step][part][two tiles][16][16 words]. A tile's rows are, on the left, lines; on the right, words of a step.
-// Included by tile_linear_kernel.h after gemm.h.
+// Included by kernels after gemm.h.
 
 constexpr int64_t kTileWords = kTile * kTile;
 constexpr int64_t kPartWords = 2 * kTileWords;
@@ -126,33 +126,4 @@ void pack_lines(const Y* x, int64_t stride, int64_t lines, int64_t numbers, uint
             for (int64_t tile = 0; tile < tiles; ++tile) pack(tile, step);
         }
     }
-}
-
-// Blocks [begin, end) of the right operand.
-template <class Y>
-void pack_right(const RightOperand<Y>& right, int64_t begin, int64_t end, uint32_t* packed) {
-    const int64_t first = begin * kTileLines, count = std::min(end * kTileLines, right.outputs) - first;
-    uint32_t* const to = packed + begin * tile_steps<Y>(right.inputs) * kTileStep<Y>;
-    if (right.transposed) {
-        pack_lines<false, true>(right.x + first, right.row_stride, count, right.inputs, to);
-    } else {
-        pack_lines<true, true>(right.x + first * right.row_stride, right.row_stride, count, right.inputs, to);
-    }
-}
-
-// Rows [begin, end) of the left operand over the steps [from, to).
-template <class X, class Y>
-void pack_left(const Product<X, Y>& a, int64_t begin, int64_t end, int64_t from, int64_t to, uint32_t* packed) {
-    const int64_t start = from * kTileNumbers<Y>, numbers = std::min(a.inputs, to * kTileNumbers<Y>) - start;
-    if (a.transposed) {
-        pack_lines<false, false>(a.x + start * a.rows + begin, a.rows, end - begin, numbers, packed);
-    } else {
-        pack_lines<true, false>(a.x + begin * a.inputs + start, a.inputs, end - begin, numbers, packed);
-    }
-}
-
-template <class Y>
-void pack_left(const Int8Product<Y>& a, int64_t begin, int64_t end, int64_t from, int64_t to, uint32_t* packed) {
-    const int64_t start = from * kTileNumbers<uint8_t>, last = std::min(a.inputs, to * kTileNumbers<uint8_t>);
-    pack_lines<true, false>(a.q + begin * a.pitch + start, a.pitch, end - begin, last - start, packed);
 }
