@@ -62,6 +62,9 @@ struct AttentionBackward {
     int64_t rows, heads, head_dim;
 };
 
+// Of the backward in fp32 by tiles: the queries and keys whose P and dS are kept at a time, 192 KiB each, in L2.
+constexpr int64_t kMostQueries = 128, kMostKeys = 256;
+
 // Checked sizes and the work list of one call.
 struct AttentionShape {
     int64_t rows, heads, head_dim, longest;  // longest: of the sequences there are, at most max_seqlen

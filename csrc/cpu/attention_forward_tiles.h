@@ -2,14 +2,6 @@
 // Included by attention_forward_kernel.h where VITFAST_AMX.
 #include "attention_tiles.h"
 
-// Two vectors of a row's numbers, as words of its step in a packed left operand.
-VITFAST_INLINE void store_parts(uint32_t* to, Vec low, Vec high) {
-    Vec parts[3];
-    Words<float>::split(low, high, parts);
-#pragma GCC unroll 3
-    for (int p = 0; p < 3; ++p) store_words(to + p * kPartWords, parts[p]);
-}
-
 class PartForward {
   public:
     float *sums, *out;  // of weights [block]; out[block][out_pitch] before the division by them
@@ -63,7 +55,9 @@ class PartForward {
             const Vec low = exp2((load(row + j) - centre) * to_log2);
             const Vec high = j + kLanes < columns ? exp2((load(row + j + kLanes) - centre) * to_log2) : Vec{};
             sum += low + high;
-            store_parts(to, low, high);
+            Vec parts[3];
+            Words<float>::split(low, high, parts);
+            store_parts(to, parts);
         }
         return reduce_add(sum);
     }

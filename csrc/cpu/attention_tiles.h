@@ -5,14 +5,41 @@
 // Numbers between rows of sums, an odd multiple of a cache line: rows of a tile then meet in no set of L1.
 VITFAST_INLINE int64_t sums_pitch(int64_t columns) { return tile_blocks(columns) * kTileLines + kTile; }
 
-// Blocks of a packed operand: `steps` of each are used, `pitch` words lie between two.
+// Packed blocks, `pitch` words apart.
 struct PackedBlocks {
     const uint32_t* data;
     int64_t pitch;
 };
 
-struct NothingBetween {
-    VITFAST_INLINE_MEMBER void fetch() {}
+// Two vectors of a line's numbers, as words of its step in a packed operand.
+VITFAST_INLINE void store_parts(uint32_t* to, const Vec parts[3]) {
+#pragma GCC unroll 3
+    for (int p = 0; p < 3; ++p) store_words(to + p * kPartWords, parts[p]);
+}
+
+struct NoJob {
+    int64_t left() const { return 0; }
+    void advance() {}
+};
+
+// Vector work done while the tiles multiply: it has `left()` pieces, and `advance()` does the next one. They are spread
+// evenly over the products, since the CPU looks some hundred instructions ahead for work that can begin.
+template <class Job>
+struct Between {
+    static constexpr int64_t kTimes = 8;  // a step
+    Job& job;
+    int64_t pieces, times, due = 0;
+
+    Between(Job& work, int64_t steps) : job(work), pieces(work.left()), times(std::max<int64_t>(1, steps * kTimes)) {}
+
+    VITFAST_INLINE_MEMBER void fetch() {
+        if constexpr (std::is_same_v<Job, NoJob>) return;
+#ifdef NOHOOK
+        return;
+#endif
+        for (due += pieces; due >= times; due -= times) job.advance();
+    }
+
     VITFAST_INLINE_MEMBER void finish(int64_t) {}
 };
 
@@ -22,9 +49,9 @@ class PartProducts {
     ~PartProducts() { configure_tiles(0); }
 
     // sums[rows, columns] (`pitch` numbers apart) = (or +=) A * B over `steps` steps.
+    template <class Job>
     void multiply(PackedBlocks a, PackedBlocks b, int64_t rows, int64_t columns, int64_t steps, float* sums,
-                  int64_t pitch, bool add) {
-        NothingBetween between;
+                  int64_t pitch, bool add, Between<Job>& between) {
         for (int64_t i = 0; i < rows; i += kTileLines) {
             const int64_t height = std::min(rows - i, kTileLines);
             if (configured_ != height) configure_tiles(configured_ = height);
@@ -34,6 +61,13 @@ class PartProducts {
                                 sums + i * pitch + j, pitch, add, between);
             }
         }
+    }
+
+    void multiply(PackedBlocks a, PackedBlocks b, int64_t rows, int64_t columns, int64_t steps, float* sums,
+                  int64_t pitch, bool add) {
+        NoJob nothing;
+        Between<NoJob> between(nothing, 1);
+        multiply(a, b, rows, columns, steps, sums, pitch, add, between);
     }
 
   private:
