@@ -5,7 +5,6 @@
 
 #include "forward.h"
 #include "shares.h"
-#include "tiles.h"
 
 #define VITFAST_WITH_AMX
 #define VITFAST_KERNEL "attention_forward_kernel.h"
@@ -99,9 +98,6 @@ AttentionBias bias_of(const OptionalTensor& bias) {
 
 namespace {
 
-// Whether fp32 is multiplied by tiles.
-bool in_tile_parts(const AttentionShape& shape) { return has_tiles() && shape.head_dim >= 1; }
-
 // Query rows at a time: a whole number of register tiles, few enough for their logits to stay in L2.
 int64_t query_block(int64_t length, bool tiles) {
     constexpr int64_t kLogits = 64 * 1024;
@@ -125,7 +121,7 @@ int64_t parts_of_a_head(int64_t items, int64_t threads, int64_t length, int64_t 
 
 template <class Y>
 void run_forward(const AttentionForward<Y>& args, const AttentionShape& shape) {
-    const bool in_parts = std::is_same_v<Y, float> && in_tile_parts(shape);
+    const bool in_parts = in_tile_parts<Y>(shape);
     const int64_t block = query_block(shape.longest, in_parts || (has_tiles() && std::is_same_v<Y, bf16>));
     const int64_t threads = torch::stable::get_num_threads();
     // Lines fill whole blocks of tiles; a packed number takes up to three parts of half a word.

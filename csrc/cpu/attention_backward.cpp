@@ -3,7 +3,6 @@
 
 #include "attention.h"
 #include "shares.h"
-#include "tiles.h"
 
 #define VITFAST_WITH_AMX
 #define VITFAST_KERNEL "attention_backward_kernel.h"
@@ -24,7 +23,7 @@ int64_t part_backward_words(int64_t length, int64_t head_dim) {
     const int64_t columns = (tile_blocks(length) + 1) * kTileLines, width = (tile_blocks(head_dim) + 1) * kTileLines;
     const int64_t queries = std::min(columns, kMostQueries), keys = std::min(columns, kMostKeys);
     const int64_t packed = 3 * columns * width + 4 * queries * width + (2 * queries + kTileLines) * keys;
-    const int64_t sums = 3 * columns * width + queries * (width + 1) + 4 * kTileLines * (keys + kTileLines);
+    const int64_t sums = 3 * columns * width + queries * (width + 2) + 2 * kTileLines * (keys + kTileLines);
     return packed * 3 / 2 + sums + (length + queries) * head_dim;
 }
 
@@ -73,7 +72,7 @@ void run_backward(const AttentionBackward<Y>& args, const AttentionShape& shape,
     } else {
         for (const HeadOfSequence& item : shape.items) units.push_back({0, {item}});
     }
-    const bool in_parts = std::is_same_v<Y, float> && has_tiles();
+    const bool in_parts = in_tile_parts<Y>(shape);
     const int64_t block = query_block(shape.longest, std::is_same_v<Y, bf16> && has_tiles());
     const int64_t threads = torch::stable::get_num_threads();
     const int64_t columns = (shape.longest + 15) / 16 * 16, width = (shape.head_dim + 15) / 16 * 16;

@@ -2,19 +2,21 @@
 // P and dS [queries, keys] are made in 32 x 32 blocks and packed at once: both as right operands over the queries,
 // which takes no transposition, for dV^T = dO^T P and dK^T = Q^T dS; dS as a left operand over the keys for dQ = dS K.
 #include "attention_tiles.h"
+// after that
+#include "attention_gradient_tiles.h"
 
 struct PartBackward {
-    int64_t head_dim, width_steps, key_steps, most_keys;
+    int64_t head_dim, width_steps, key_steps;
     int64_t sums_row, transposed_row, query_row;  // numbers between rows of sums
     // Of the head: K and V as right operands over E, K over the keys; the sums of dK^T and dV^T.
     uint32_t *keys, *values, *keys_across;
     float *d_keys, *d_values, *rows;  // rows: [length, width], for either in turn
     // Of a block of queries: Q and dO as left operands over E, and as left operands over the queries.
     uint32_t *queries, *d_outs, *queries_across, *d_outs_across;
-    float *d_queries, *delta;
-    // Of that and a range of keys; logits and d_weights of 32 queries, two sets that take turns.
+    float *d_queries, *delta, *centre;
+    // Of that and a range of keys; dS as a left operand of 32 queries; products of 32 queries.
     uint32_t *weights, *d_logits, *d_logit_rows;
-    float *logits[2], *d_weights[2];
+    float *logits, *d_weights;
     float *prepared_keys, *prepared_queries;
     mutable PartProducts products;
 
@@ -22,12 +24,11 @@ struct PartBackward {
         : head_dim(dim),
           width_steps(tile_steps<float>(dim)),
           key_steps(tile_steps<float>(length)),
-          most_keys(std::min(length, kMostKeys)),
-          sums_row(sums_pitch(most_keys)),
+          sums_row(sums_pitch(std::min(length, kMostKeys))),
           transposed_row(sums_pitch(length)),
           query_row(sums_pitch(dim)) {
         scratch.reset();
-        const int64_t most_queries = std::min(length, kMostQueries);
+        const int64_t most_queries = std::min(length, kMostQueries), most_keys = std::min(length, kMostKeys);
         keys = scratch.take<uint32_t>(tile_words<float>(dim, length));
         values = scratch.take<uint32_t>(tile_words<float>(dim, length));
         keys_across = scratch.take<uint32_t>(tile_words<float>(length, dim));
@@ -39,92 +40,15 @@ struct PartBackward {
         queries_across = scratch.take<uint32_t>(tile_words<float>(most_queries, dim));
         d_outs_across = scratch.take<uint32_t>(tile_words<float>(most_queries, dim));
         d_queries = scratch.take<float>(most_queries * query_row);
-        delta = scratch.take<float>(most_queries);
+        delta = scratch.take<float>(tile_blocks(most_queries) * kTileLines);
+        centre = scratch.take<float>(tile_blocks(most_queries) * kTileLines);
         weights = scratch.take<uint32_t>(tile_words<float>(most_queries, most_keys));
         d_logits = scratch.take<uint32_t>(tile_words<float>(most_queries, most_keys));
         d_logit_rows = scratch.take<uint32_t>(tile_words<float>(most_keys, kTileLines));
-        for (float** sums : {logits, d_weights}) {
-            for (int i = 0; i < 2; ++i) sums[i] = scratch.take<float>(kTileLines * sums_row);
-        }
+        logits = scratch.take<float>(kTileLines * sums_row);
+        d_weights = scratch.take<float>(kTileLines * sums_row);
         prepared_keys = scratch.take<float>(length * dim);
         prepared_queries = scratch.take<float>(most_queries * dim);
-    }
-};
-
-// What 32 queries' logits and dP become: P and dS, packed. A piece is two queries, 16 apart, and 32 keys; pieces follow
-// each other as their words do.
-struct GradientJob {
-    const AttentionBackward<float>* a;
-    float *logits, *d_weights, *d_bias;  // of the first query and key; d_bias may be null
-    uint32_t *weights, *d_logits, *d_logit_rows;
-    const float *lse, *delta;  // of the first query
-    int64_t sums_row, pitch;   // pitch: words between blocks of keys
-    int64_t count, keys;
-    int64_t pair = 0, block = 0;  // the next piece
-    float unit[kTileLines], centre[kTileLines];
-
-    int64_t left() const { return count > 0 ? (tile_blocks(keys) - block) * kTile - pair : 0; }
-
-    // Makes logits of the products of queries from `query` with keys from `first`.
-    void begin(const HeadOfSequence& item, int64_t query, int64_t first) {
-        const int64_t bias_start = a->bias.slice(item.sequence, item.head) * a->bias.length * a->bias.length;
-        const uint8_t* const padding = a->padding.row(item.sequence);
-        for (int64_t i = 0; i < count; ++i) {
-            const int64_t bias_row = bias_start + (query + i) * a->bias.length + first;
-            unit[i] = finish_logits(logits + i * sums_row, a->bias, bias_row, padding ? padding + first : nullptr,
-                                    a->scale, keys);
-            const bool masked = lse[i] == -std::numeric_limits<float>::infinity();  // all keys: P becomes 0
-            centre[i] = masked ? -lse[i] : lse[i];
-        }
-    }
-
-    // A query's P and dS of 16 keys.
-    VITFAST_INLINE_MEMBER void gradient(int64_t query, int64_t key, Vec* weight, Vec* d_logit) {
-        if (query >= count || key >= keys) {
-            *weight = *d_logit = Vec{};
-            return;
-        }
-        const int64_t i = query * sums_row + key;
-        *weight = exp2(fma(load(logits + i), broadcast(unit[query]), broadcast(-centre[query])) * kLog2E);
-        *d_logit = *weight * (load(d_weights + i) - delta[query]);
-        if (d_bias) {
-            float* const to = d_bias + query * a->bias.length + key;
-            store(to, load(to, keys - key) + *d_logit, keys - key);
-        }
-    }
-
-    void advance() {
-        Vec weight[2][2], d_logit[2][2], parts[3], upper[3], lower[3];  // [query][half of the keys]
-#pragma GCC unroll 2
-        for (int h = 0; h < 2; ++h) {
-            gradient(pair, block * kTileLines + h * kTile, &weight[0][h], &d_logit[0][h]);
-            gradient(pair + kTile, block * kTileLines + h * kTile, &weight[1][h], &d_logit[1][h]);
-            Words<float>::split(weight[0][h], weight[1][h], parts);
-            store_parts(weights + block * pitch + h * kTileWords + pair * kTile, parts);
-        }
-        uint32_t* const rows = d_logit_rows + block * kTileStep<float> + pair * kTile;
-        Words<float>::split(d_logit[0][0], d_logit[0][1], upper);
-        Words<float>::split(d_logit[1][0], d_logit[1][1], lower);
-        store_parts(rows, upper);
-        store_parts(rows + kTileWords, lower);
-        // Words of two keys of one query become words of two queries of one key.
-        uint32_t* const to = d_logits + block * pitch + pair * kTile;
-        constexpr __mmask32 kSecond = 0xaaaaaaaa;
-#pragma GCC unroll 3
-        for (int p = 0; p < 3; ++p) {
-            const __m512i u = (__m512i)upper[p], l = (__m512i)lower[p];
-            upper[p] = (Vec)_mm512_mask_blend_epi16(kSecond, u, _mm512_slli_epi32(l, 16));
-            lower[p] = (Vec)_mm512_mask_blend_epi16(kSecond, _mm512_srli_epi32(u, 16), l);
-        }
-        store_parts(to, upper);
-        store_parts(to + kTileWords, lower);
-        if (++pair < kTile) return;
-        pair = 0;
-        ++block;
-    }
-
-    void finish() {
-        while (left() > 0) advance();
     }
 };
 
@@ -141,43 +65,24 @@ inline void transpose_sums(const PartBackward& w, const float* sums, int64_t len
 // Packed queries [begin, begin + count) and keys [first, first + keys).
 inline void backward_by_tiles(const AttentionBackward<float>& a, const HeadOfSequence& item, int64_t begin,
                               int64_t count, int64_t first, int64_t keys, const PartBackward& w, float* d_bias) {
-    const int64_t width_pitch = w.width_steps * kTileStep<float>, steps = tile_steps<float>(count);
-    const int64_t across_pitch = steps * kTileStep<float>, units = tile_blocks(count), key_blocks = tile_blocks(keys);
-    const int64_t offset = first / kTileLines * width_pitch, start = item.head * a.rows + item.start + begin;
-    GradientJob job{};
+    const int64_t width_pitch = w.width_steps * kTileStep<float>, key_pitch = w.key_steps * kTileStep<float>;
+    const int64_t steps = tile_steps<float>(count), across_pitch = steps * kTileStep<float>;
+    const int64_t right = first / kTileLines * width_pitch;
     const uint32_t* const keys_across = w.keys_across + first / kTileLines * kTileStep<float>;
-    for (int64_t unit = 0; unit <= units; ++unit) {
-        const int64_t at = unit * kTileLines, height = std::min(count - at, kTileLines);
-        if (unit < units) {
-            Between<GradientJob> between(job, 2 * key_blocks * w.width_steps);
-            w.products.multiply({w.queries + unit * width_pitch, 0}, {w.keys + offset, width_pitch}, height, keys,
-                                w.width_steps, w.logits[unit % 2], w.sums_row, false, between);
-            w.products.multiply({w.d_outs + unit * width_pitch, 0}, {w.values + offset, width_pitch}, height, keys,
-                                w.width_steps, w.d_weights[unit % 2], w.sums_row, false, between);
-        }
-        job.finish();
-        if (unit > 0) {
-            w.products.multiply({w.d_logit_rows, 0}, {keys_across, w.key_steps * kTileStep<float>}, job.count,
-                                w.head_dim, key_blocks, w.d_queries + (at - kTileLines) * w.query_row, w.query_row,
-                                first > 0);
-        }
-        if (unit < units) {
-            const int64_t bias_row = (begin + at) * a.bias.length + first, words = unit * kTileStep<float>;
-            job = {&a,
-                   w.logits[unit % 2],
-                   w.d_weights[unit % 2],
-                   d_bias ? d_bias + bias_row : nullptr,
-                   w.weights + words,
-                   w.d_logits + words,
-                   w.d_logit_rows,
-                   a.lse + start + at,
-                   w.delta + at,
-                   w.sums_row,
-                   across_pitch,
-                   height,
-                   keys};
-            job.begin(item, begin + at, first);
-        }
+    for (int64_t unit = 0; unit * kTileLines < count; ++unit) {
+        const int64_t row = unit * kTileLines, height = std::min(count - row, kTileLines);
+        const int64_t left = unit * width_pitch, words = unit * kTileStep<float>;
+        const int64_t bias_row = (begin + row) * a.bias.length;
+        w.products.multiply({w.queries + left, 0}, {w.keys + right, width_pitch}, height, keys, w.width_steps, w.logits,
+                            w.sums_row, false);
+        w.products.multiply({w.d_outs + left, 0}, {w.values + right, width_pitch}, height, keys, w.width_steps,
+                            w.d_weights, w.sums_row, false);
+        const float logit = finish_logits(a, item, begin + row, height, first, keys, w.logits, w.sums_row);
+        pack_gradients({w.logits, w.d_weights, w.sums_row, d_bias ? d_bias + bias_row + first : nullptr, a.bias.length,
+                        w.centre + row, w.delta + row, logit, w.weights + words, w.d_logits + words, w.d_logit_rows,
+                        across_pitch, height, keys});
+        w.products.multiply({w.d_logit_rows, 0}, {keys_across, key_pitch}, height, w.head_dim, tile_blocks(keys),
+                            w.d_queries + row * w.query_row, w.query_row, first > 0);
     }
     w.products.multiply({w.d_outs_across, across_pitch}, {w.weights, across_pitch}, w.head_dim, keys, steps,
                         w.d_values + first, w.transposed_row, begin > 0);
@@ -201,6 +106,8 @@ inline void backward_queries_by_tiles(const AttentionBackward<float>& a, const H
     pack_lines<false, false>(a.d_out + from, out_stride, head_dim, count, w.d_outs_across);
     for (int64_t i = 0; i < count; ++i) {
         w.delta[i] = dot_rows(a.d_out + from + i * out_stride, a.out + from + i * out_stride, head_dim);
+        const float lse = a.lse[item.head * a.rows + start + i];
+        w.centre[i] = lse == -std::numeric_limits<float>::infinity() ? -lse : lse;  // all keys masked: P becomes 0
     }
     const int64_t blocks = tile_blocks(item.length), ranges = (item.length + kMostKeys - 1) / kMostKeys;
     for (int64_t i = 0; i < ranges; ++i) {

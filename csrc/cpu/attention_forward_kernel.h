@@ -50,10 +50,18 @@ class WordForward {
 
     float* logits(int64_t i) { return logits_ + i * columns_; }
 
-    // The weights of row i; returns their sum.
-    float softmax(int64_t i, float unit, float* largest) {
+    // The weights of `count` queries, and their sums. finish(i) makes a row's logits and returns their unit; lse[i]
+    // becomes the largest.
+    template <class Finish>
+    void softmax(int64_t count, const Finish& finish, float* lse) {
         using Weight = std::conditional_t<kPairs, bf16, float>;
-        return softmax_row(logits(i), unit, columns_, reinterpret_cast<Weight*>(weights_) + i * columns_, largest);
+        for (int64_t i = 0; i < count; ++i) {
+            const float unit = finish(i);
+            float largest;
+            sums[i] =
+                softmax_row(logits(i), unit, columns_, reinterpret_cast<Weight*>(weights_) + i * columns_, &largest);
+            lse[i] = largest * unit;
+        }
     }
 
     void add_values(int64_t count) {
@@ -96,13 +104,11 @@ void attention_block(const AttentionForward<Y>& a, const HeadOfSequence& item, i
 
     const int64_t bias_start = a.bias.slice(item.sequence, item.head) * a.bias.length * a.bias.length;
     float* const lse = a.lse + item.head * a.rows + item.start + begin;
-    for (int64_t i = 0; i < count; ++i) {
-        const float unit = finish_logits(w.logits(i), a.bias, bias_start + (begin + i) * a.bias.length,
-                                         a.padding.row(item.sequence), a.scale, item.length);
-        float largest;
-        w.sums[i] = w.softmax(i, unit, &largest);
-        lse[i] = largest * unit;
-    }
+    const auto finish = [&](int64_t i) __attribute__((always_inline)) {
+        return finish_logits(w.logits(i), a.bias, bias_start + (begin + i) * a.bias.length,
+                             a.padding.row(item.sequence), a.scale, item.length);
+    };
+    w.softmax(count, finish, lse);
     for (int64_t i = 0; i < count; ++i)
         lse[i] += std::log(w.sums[i]);  // apart: a call in the loop above costs registers
 

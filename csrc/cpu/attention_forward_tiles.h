@@ -42,24 +42,36 @@ class PartForward {
 
     float* logits(int64_t i) { return logits_ + i * logits_pitch_; }
 
-    // The weights of row i; returns their sum.
-    float softmax(int64_t i, float unit, float* largest) {
-        const float* const row = logits(i);
-        const int64_t columns = round_to_lanes(length_);
-        *largest = largest_logit(row, columns);
-        const Vec centre = broadcast(softmax_centre(*largest)), to_log2 = broadcast(unit * kLog2E);
-        uint32_t* to = weights_ + i / kTileLines * key_steps_ * kTileStep<float> +
-                       i % kTileLines * kTile;  // a block's two tiles follow each other
-        Vec sum = {};
-        for (int64_t j = 0; j < columns; j += 2 * kLanes, to += kTileStep<float>) {
-            const Vec low = exp2((load(row + j) - centre) * to_log2);
-            const Vec high = j + kLanes < columns ? exp2((load(row + j + kLanes) - centre) * to_log2) : Vec{};
-            sum += low + high;
-            Vec parts[3];
-            Words<float>::split(low, high, parts);
-            store_parts(to, parts);
+    // The weights of `count` queries, and their sums. finish(i) makes a row's logits and returns their unit; lse[i]
+    // becomes the largest. Words are written in the order in which they lie.
+    template <class Finish>
+    void softmax(int64_t count, const Finish& finish, float* lse) {
+        for (int64_t first = 0; first < count; first += kTileLines) {
+            const int64_t rows = std::min(count - first, kTileLines), columns = round_to_lanes(length_);
+            uint32_t* to = weights_ + first / kTileLines * key_steps_ * kTileStep<float>;
+            float unit = 1.0f, centre[kTileLines];
+            Vec totals[kTileLines] = {};
+            for (int64_t i = 0; i < rows; ++i) {
+                unit = finish(first + i);
+                const float largest = largest_logit(logits(first + i), columns);
+                centre[i] = softmax_centre(largest);
+                lse[first + i] = largest * unit;
+            }
+            for (int64_t j = 0; j < columns; j += kTileLines, to += kTileStep<float>) {
+                const __mmask16 there = -static_cast<int>(j + kTile < columns);
+                for (int64_t i = 0; i < rows; ++i) {
+                    const float* const row = logits(first + i) + j;
+                    const Vec to_log2 = broadcast(unit * kLog2E);
+                    const Vec low = exp2((load(row) - centre[i]) * to_log2);
+                    const Vec high = _mm512_maskz_mov_ps(there, exp2((load(row + kTile) - centre[i]) * to_log2));
+                    Vec parts[3];
+                    Words<float>::split(low, high, parts);
+                    store_parts(to + i * kTile, parts);
+                    totals[i] += low + high;
+                }
+            }
+            for (int64_t i = 0; i < rows; ++i) sums[first + i] = reduce_add(totals[i]);
         }
-        return reduce_add(sum);
     }
 
     void add_values(int64_t count) {

@@ -17,29 +17,8 @@ VITFAST_INLINE void store_parts(uint32_t* to, const Vec parts[3]) {
     for (int p = 0; p < 3; ++p) store_words(to + p * kPartWords, parts[p]);
 }
 
-struct NoJob {
-    int64_t left() const { return 0; }
-    void advance() {}
-};
-
-// Vector work done while the tiles multiply: it has `left()` pieces, and `advance()` does the next one. They are spread
-// evenly over the products, since the CPU looks some hundred instructions ahead for work that can begin.
-template <class Job>
-struct Between {
-    static constexpr int64_t kTimes = 8;  // a step
-    Job& job;
-    int64_t pieces, times, due = 0;
-
-    Between(Job& work, int64_t steps) : job(work), pieces(work.left()), times(std::max<int64_t>(1, steps * kTimes)) {}
-
-    VITFAST_INLINE_MEMBER void fetch() {
-        if constexpr (std::is_same_v<Job, NoJob>) return;
-#ifdef NOHOOK
-        return;
-#endif
-        for (due += pieces; due >= times; due -= times) job.advance();
-    }
-
+struct NothingBetween {
+    VITFAST_INLINE_MEMBER void fetch() {}
     VITFAST_INLINE_MEMBER void finish(int64_t) {}
 };
 
@@ -49,9 +28,9 @@ class PartProducts {
     ~PartProducts() { configure_tiles(0); }
 
     // sums[rows, columns] (`pitch` numbers apart) = (or +=) A * B over `steps` steps.
-    template <class Job>
     void multiply(PackedBlocks a, PackedBlocks b, int64_t rows, int64_t columns, int64_t steps, float* sums,
-                  int64_t pitch, bool add, Between<Job>& between) {
+                  int64_t pitch, bool add) {
+        NothingBetween between;
         for (int64_t i = 0; i < rows; i += kTileLines) {
             const int64_t height = std::min(rows - i, kTileLines);
             if (configured_ != height) configure_tiles(configured_ = height);
@@ -61,13 +40,6 @@ class PartProducts {
                                 sums + i * pitch + j, pitch, add, between);
             }
         }
-    }
-
-    void multiply(PackedBlocks a, PackedBlocks b, int64_t rows, int64_t columns, int64_t steps, float* sums,
-                  int64_t pitch, bool add) {
-        NoJob nothing;
-        Between<NoJob> between(nothing, 1);
-        multiply(a, b, rows, columns, steps, sums, pitch, add, between);
     }
 
   private:

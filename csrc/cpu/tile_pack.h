@@ -70,6 +70,37 @@ struct Words<uint8_t> {  // of whole words, up to a row's end
     }
 };
 
+// A tile whose lines in memory are not its rows, of fp32: two blocks of numbers are turned, which is less than three of
+// their parts.
+template <bool kAlong>
+void pack_turned(const float* x, int64_t stride, int64_t lines, int64_t numbers, uint32_t* to) {
+    alignas(64) uint32_t turned[2 * kTileWords], whole[2 * kTileWords];
+    constexpr int64_t kStep = kTileNumbers<float>;
+    if (lines < kTile || numbers < kStep) {  // filled up with zeros
+        constexpr int64_t kRow = kAlong ? kStep : kTile;
+        const int64_t rows = kAlong ? lines : numbers, width = kAlong ? numbers : lines;
+        for (int64_t r = 0; r < 2 * kTileWords / kRow; ++r) {
+            for (int64_t i = 0; i < kRow; i += kTile) {
+                const Vec value = r < rows && i < width ? load(x + r * stride + i, width - i) : Vec{};
+                store_words(whole + r * kRow + i, value);
+            }
+        }
+        x = reinterpret_cast<const float*>(whole);
+        stride = kRow;
+    }
+    const auto* const from = reinterpret_cast<const uint32_t*>(x);
+    for (int64_t half = 0; half < 2; ++half) {
+        transpose_block(from + half * kTile * (kAlong ? 1 : stride), stride, turned + half * kTileWords, kTile);
+    }
+#pragma GCC unroll 2
+    for (int64_t i = 0; i < kTile; ++i) {
+        Vec parts[3];
+        Words<float>::split(load_words(turned + i * kTile), load_words(turned + kTileWords + i * kTile), parts);
+#pragma GCC unroll 3
+        for (int p = 0; p < 3; ++p) store_words(to + p * kPartWords + i * kTile, parts[p]);
+    }
+}
+
 // The tile of up to 16 lines of a step that has `numbers` more numbers. kAlong: a line's numbers are neighbours, lines
 // are `stride` apart; else the other way round.
 template <bool kAlong, bool kRight, class Y>
@@ -80,22 +111,7 @@ void pack_tile(const Y* x, int64_t stride, int64_t lines, int64_t numbers, uint3
     uint32_t* const rows = kTranspose ? made : to;
     constexpr int64_t kPitch = kTranspose ? kTileWords : kPartWords;
     const bool whole = lines >= kTile && numbers >= kTileNumbers<Y>;
-    if constexpr (kTranspose && kParts > 1) {  // two blocks of numbers are turned faster than three of their parts
-        if (whole) {
-            for (int64_t half = 0; half < 2; ++half) {
-                transpose_block(reinterpret_cast<const uint32_t*>(x + half * kTile * (kAlong ? 1 : stride)), stride,
-                                made + half * kTileWords, kTile);
-            }
-#pragma GCC unroll 2
-            for (int64_t i = 0; i < kTile; ++i) {
-                Vec parts[kParts];
-                Words<Y>::split(load_words(made + i * kTile), load_words(made + kTileWords + i * kTile), parts);
-#pragma GCC unroll 3
-                for (int p = 0; p < kParts; ++p) store_words(to + p * kPartWords + i * kTile, parts[p]);
-            }
-            return;
-        }
-    }
+    if constexpr (kTranspose && kParts > 1) return pack_turned<kAlong>(x, stride, lines, numbers, to);
 #pragma GCC unroll 2
     for (int64_t i = 0; i < kTile; ++i) {
         Vec parts[kParts] = {};
@@ -136,6 +152,10 @@ void pack_lines(const Y* x, int64_t stride, int64_t lines, int64_t numbers, uint
     };
     if (kAlong) {
         for (int64_t tile = 0; tile < tiles; ++tile) {
+            const int64_t next = std::min(lines, (tile + 2) * kTile);
+            for (int64_t line = (tile + 1) * kTile; numbers <= kNarrowWidth && line < next; ++line) {
+                prefetch_row(x + line * stride, numbers);
+            }
             for (int64_t step = 0; step < steps; ++step) pack(tile, step);
         }
     } else {

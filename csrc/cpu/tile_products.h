@@ -27,7 +27,7 @@ VITFAST_INLINE void add_products(float, const uint32_t* a, const uint32_t* b, in
         VITFAST_UPPER_LEFT  between.fetch(); VITFAST_LOWER_LEFT  VITFAST_LEFT(1)
         VITFAST_UPPER_RIGHT between.fetch(); VITFAST_LOWER_RIGHT VITFAST_RIGHT(1)
         // 0 with 1
-        VITFAST_UPPER_LEFT  between.fetch(); VITFAST_LOWER_LEFT  VITFAST_UPPER_RIGHT VITFAST_UPPER(1)
+        VITFAST_UPPER_LEFT  between.fetch(); VITFAST_LOWER_LEFT VITFAST_UPPER_RIGHT VITFAST_UPPER(1)
         VITFAST_LOWER_RIGHT between.fetch(); VITFAST_LOWER(1)
         // 1 with 1
         VITFAST_UPPER_LEFT  VITFAST_LOWER_LEFT  between.fetch(); VITFAST_LEFT(0)
