@@ -1,10 +1,12 @@
 // Attention backward in fp32 on AMX's tiles. Included by attention_backward_kernel.h where VITFAST_AMX.
-// P and dS [queries, keys] are made in 32 x 32 blocks and packed at once: both as right operands over the queries,
-// which takes no transposition, for dV^T = dO^T P and dK^T = Q^T dS; dS as a left operand over the keys for dQ = dS K.
+// P and dS [queries, keys] are packed as they are made: both as right operands over the queries,
+// which takes no transposition, for dV^T = dO^T P and dK^T = Q^T dS; dS as a left one over the keys, too, for dQ = dS
+// K.
 #include "attention_tiles.h"
 // after that
 #include "attention_gradient_tiles.h"
 
+// length: of the sequence.
 struct PartBackward {
     int64_t head_dim, width_steps, key_steps;
     int64_t sums_row, transposed_row, query_row;  // numbers between rows of sums
@@ -18,7 +20,7 @@ struct PartBackward {
     uint32_t *weights, *d_logits, *d_logit_rows;
     float *logits, *d_weights;
     float *prepared_keys, *prepared_queries;
-    mutable PartProducts products;
+    PartProducts products;
 
     PartBackward(Scratch& scratch, int64_t length, int64_t dim)
         : head_dim(dim),
@@ -53,7 +55,7 @@ struct PartBackward {
 };
 
 // dK or dV's transposed sums [E, length] as rows of w.rows.
-inline void transpose_sums(const PartBackward& w, const float* sums, int64_t length) {
+inline void transpose_sums(PartBackward& w, const float* sums, int64_t length) {
     for (int64_t j = 0; j < length; j += kTile) {
         for (int64_t e = 0; e < w.head_dim; e += kTile) {
             transpose_block(reinterpret_cast<const uint32_t*>(sums) + e * w.transposed_row + j, w.transposed_row,
@@ -64,7 +66,7 @@ inline void transpose_sums(const PartBackward& w, const float* sums, int64_t len
 
 // Packed queries [begin, begin + count) and keys [first, first + keys).
 inline void backward_by_tiles(const AttentionBackward<float>& a, const HeadOfSequence& item, int64_t begin,
-                              int64_t count, int64_t first, int64_t keys, const PartBackward& w, float* d_bias) {
+                              int64_t count, int64_t first, int64_t keys, PartBackward& w, float* d_bias) {
     const int64_t width_pitch = w.width_steps * kTileStep<float>, key_pitch = w.key_steps * kTileStep<float>;
     const int64_t steps = tile_steps<float>(count), across_pitch = steps * kTileStep<float>;
     const int64_t right = first / kTileLines * width_pitch;
@@ -92,7 +94,7 @@ inline void backward_by_tiles(const AttentionBackward<float>& a, const HeadOfSeq
 
 // Queries [begin, begin + count) of the packed head.
 inline void backward_queries_by_tiles(const AttentionBackward<float>& a, const HeadOfSequence& item, int64_t begin,
-                                      int64_t count, const PartBackward& w, float* d_bias) {
+                                      int64_t count, PartBackward& w, float* d_bias) {
     const int64_t head_dim = a.head_dim, out_stride = a.heads * head_dim, stride = 3 * out_stride;
     const int64_t start = item.start + begin, from = start * out_stride + item.head * head_dim;
     const float* const q = a.qkv + start * stride + item.head * head_dim;
@@ -119,7 +121,7 @@ inline void backward_queries_by_tiles(const AttentionBackward<float>& a, const H
 
 inline void attention_backward_by_tiles(const AttentionBackward<float>& a, const HeadOfSequence& item, Scratch& scratch,
                                         float* d_bias) {
-    const PartBackward w(scratch, item.length, a.head_dim);
+    PartBackward w(scratch, item.length, a.head_dim);
     const int64_t part = a.heads * a.head_dim, stride = 3 * part;
     const float* const k = a.qkv + item.start * stride + part + item.head * a.head_dim;
     const bool prepare = a.options.active(1);
