@@ -275,7 +275,7 @@ def check_attention(lengths, heads, head_dim, dtype, bias=None, scale=None, spre
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(
     ("length", "head_dim"),
-    [(197, 64), (1, 64), (2, 1), (17, 33), (50, 72), (65, 80), (37, 7), (5, 256), (130, 128), (16, 16)],
+    [(197, 64), (1, 64), (2, 1), (17, 33), (50, 72), (65, 80), (37, 7), (5, 256), (130, 128), (16, 16), (300, 40)],
 )
 def test_attention(dtype, length, head_dim):
     check_attention([length] * 2, 2, head_dim, dtype)
@@ -284,20 +284,24 @@ def test_attention(dtype, length, head_dim):
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("bias_dtype", HALVES)
 @pytest.mark.parametrize(("batches", "heads"), [(1, 1), (1, 3), (2, 1), (2, 3)])
-def test_attention_bias(dtype, bias_dtype, batches, heads):
-    check_attention([50, 50], 3, 40, dtype, bias=torch.randn(batches, heads, 50, 50).to(bias_dtype))
+@pytest.mark.parametrize("length", [50, 150])
+def test_attention_bias(length, dtype, bias_dtype, batches, heads):
+    check_attention([length] * 2, 3, 40, dtype, bias=torch.randn(batches, heads, length, length).to(bias_dtype))
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_attention_packed_lengths(dtype):
     check_attention([5, 0, 83, 1, 40], 2, 24, dtype)
     check_attention([5, 0, 33, 1], 2, 24, dtype, bias=torch.randn(1, 2, 33, 33))
+    check_attention([5, 0, 133, 1, 262], 2, 40, dtype)
+    check_attention([5, 0, 133, 1], 2, 40, dtype, bias=torch.randn(1, 2, 133, 133))
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("scale", [1.0, -0.5, 0.0])
 def test_attention_scale(dtype, scale):
     check_attention([33], 2, 16, dtype, scale=scale)
+    check_attention([133], 2, 40, dtype, scale=scale)
 
 
 def test_attention_large_logits():
@@ -310,12 +314,15 @@ def test_attention_every_remainder():
     """Every length modulo the register tiles and vectors."""
     for length in range(1, 40):
         check_attention([length], 1, 8 + length % 3, HALVES[length % 2])
+    for length in range(128, 160):
+        check_attention([length], 1, 33 + length % 31, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_attention_masked_keys_and_rows(dtype):
+@pytest.mark.parametrize("length", [45, 145])
+def test_attention_masked_keys_and_rows(length, dtype):
     """-inf in the bias takes keys out; a row without any key gives 0, lse -inf and gradients 0."""
-    length, heads, head_dim, keys, empty = 45, 2, 32, 30, 7
+    heads, head_dim, keys, empty = 2, 32, length - 15, 7
     bias = torch.randn(1, 1, length, length)
     bias[..., keys:] = float("-inf")
     bias[..., empty, :] = float("-inf")
@@ -346,21 +353,23 @@ def test_attention_rows_at_the_smallest_number():
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_attention_nan_stays_visible(dtype):
-    qkv = torch.randn(20, 3, 1, 16).to(dtype)
+@pytest.mark.parametrize(("length", "head_dim"), [(20, 16), (140, 40)])
+def test_attention_nan_stays_visible(length, head_dim, dtype):
+    qkv = torch.randn(length, 3, 1, head_dim).to(dtype)
     qkv[3, 1] = float("nan")
-    out, _ = attention(qkv, 0.25, None, torch.tensor([0, 20], dtype=torch.int32), 20)
+    out, _ = attention(qkv, 0.25, None, torch.tensor([0, length], dtype=torch.int32), length)
     assert out.isnan().all()
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_attention_repeats_bit_for_bit_for_any_thread_count(dtype):
-    qkv, d_out = torch.randn(3 * 60, 3, 2, 20).to(dtype), torch.randn(3 * 60, 2, 20).to(dtype)
-    bias, cu_seqlens = torch.randn(1, 1, 60, 60), torch.arange(4, dtype=torch.int32) * 60
+@pytest.mark.parametrize(("length", "head_dim"), [(60, 20), (160, 40)])
+def test_attention_repeats_bit_for_bit_for_any_thread_count(length, head_dim, dtype):
+    qkv, d_out = torch.randn(3 * length, 3, 2, head_dim).to(dtype), torch.randn(3 * length, 2, head_dim).to(dtype)
+    bias, cu_seqlens = torch.randn(1, 1, length, length), torch.arange(4, dtype=torch.int32) * length
 
     def run():
-        out, lse = attention(qkv, 0.2, bias, cu_seqlens, 60)
-        return out, lse, *attention_grad(d_out, qkv, out, lse, 0.2, bias, cu_seqlens, 60)
+        out, lse = attention(qkv, 0.2, bias, cu_seqlens, length)
+        return out, lse, *attention_grad(d_out, qkv, out, lse, 0.2, bias, cu_seqlens, length)
 
     first, *others = with_threads((1, 2, 2), run)
     for other in others:
@@ -378,7 +387,7 @@ HEAD_OPTIONS = {
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize(("length", "head_dim"), [(50, 64), (41, 38), (65, 12), (20, 256)])
+@pytest.mark.parametrize(("length", "head_dim"), [(50, 64), (41, 38), (65, 12), (20, 256), (135, 38)])
 @pytest.mark.parametrize("options", HEAD_OPTIONS)
 def test_attention_heads(options, length, head_dim, packed, dtype):
     """Norm and rotation inside the kernels, beside the plain ones: every vector width with and without a rest."""

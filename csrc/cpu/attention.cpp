@@ -106,13 +106,13 @@ int64_t query_block(int64_t length, bool tiles) {
 }
 
 // Few heads: the queries of each are split as well, at the price of packing K and V once per part, which takes as long
-// as some 12 queries.
-int64_t parts_of_a_head(int64_t items, int64_t threads, int64_t length, int64_t block) {
-    constexpr int64_t kEnoughItems = 4, kPacking = 12;  // items: per thread
+// as `packing` queries.
+int64_t parts_of_a_head(int64_t items, int64_t threads, int64_t length, int64_t block, int64_t packing) {
+    constexpr int64_t kEnoughItems = 4;  // per thread
     const int64_t most = items >= kEnoughItems * threads ? 1 : (length + block - 1) / block;
     int64_t best = 1, least = std::numeric_limits<int64_t>::max();
     for (int64_t parts = 1; parts <= most; ++parts) {
-        const int64_t time = (items * parts + threads - 1) / threads * (length / parts + kPacking);
+        const int64_t time = (items * parts + threads - 1) / threads * (length / parts + packing);
         if (time < least) best = parts;
         least = std::min(time, least);
     }
@@ -121,28 +121,32 @@ int64_t parts_of_a_head(int64_t items, int64_t threads, int64_t length, int64_t 
 
 template <class Y>
 void run_forward(const AttentionForward<Y>& args, const AttentionShape& shape) {
-    const bool tiles = std::is_same_v<Y, bf16> && cpu_capability() == Capability::kAmx;
-    const int64_t block = query_block(shape.longest, tiles);
+    const bool in_parts = in_tile_parts<Y>(shape);
+    const int64_t block = in_parts ? kTileLines : query_block(shape.longest, std::is_same_v<Y, bf16> && has_tiles());
     const int64_t threads = torch::stable::get_num_threads();
-    const int64_t columns = (shape.longest + 15) / 16 * 16, width = (shape.head_dim + 15) / 16 * 16;
-    const int64_t words =
-        (2 * columns + 2 * block) * width + 2 * block * columns + block + (shape.longest + block) * shape.head_dim;
+    // Lines fill whole blocks of tiles; a packed number takes up to three parts of half a word.
+    const int64_t columns = (tile_blocks(shape.longest) + 1) * kTileLines;
+    const int64_t width = (tile_blocks(shape.head_dim) + 1) * kTileLines;
+    const int64_t packed = 2 * columns * width + block * (columns + width);
+    const int64_t words = packed * 3 / 2 + block * (columns + width + 1) + (shape.longest + block) * shape.head_dim;
     const int64_t items = shape.items.size();
-    const int64_t parts = parts_of_a_head(items, threads, shape.longest, block);
+    constexpr int64_t kPacking = 12, kPackingParts = 36;  // queries, by measurement
+    const int64_t parts = parts_of_a_head(items, threads, shape.longest, block, in_parts ? kPackingParts : kPacking);
     const int64_t workers = std::min(threads, items * parts);
     Shares shares(items * parts, workers);
     torch::stable::parallel_for(0, workers, 1, [&](int64_t thread, int64_t) {
         Scratch scratch(words);
-        int64_t packed = -1;
+        int64_t packed_item = -1;
         for (int64_t i; shares.take(thread, &i);) {
             const HeadOfSequence& item = shape.items[i / parts];
             const int64_t blocks = (item.length + block - 1) / block, part = i % parts;
             const int64_t begin = blocks * part / parts * block;
             const int64_t end = std::min(item.length, blocks * (part + 1) / parts * block);
             if (begin >= end) continue;
-            const bool pack = packed != i / parts;
-            packed = i / parts;
-            VITFAST_DISPATCH(attention_forward_queries(args, item, begin, end, block, shape.longest, pack, scratch));
+            const bool pack = packed_item != i / parts;
+            packed_item = i / parts;
+            VITFAST_DISPATCH(
+                attention_forward_queries(args, item, begin, end, block, shape.longest, pack, in_parts, scratch));
         }
     });
 }

@@ -18,6 +18,15 @@ int64_t query_block(int64_t length, bool tiles) {
     return std::clamp(kLogits / std::max<int64_t>(length, 1) / least * least, least, most);
 }
 
+// An upper bound for the scratch of PartBackward, whose lines fill whole blocks of tiles.
+int64_t part_backward_words(int64_t length, int64_t head_dim) {
+    const int64_t columns = (tile_blocks(length) + 1) * kTileLines, width = (tile_blocks(head_dim) + 1) * kTileLines;
+    const int64_t queries = std::min(columns, kMostQueries), keys = std::min(columns, kMostKeys);
+    const int64_t packed = 3 * columns * width + 4 * queries * width + (2 * queries + kTileLines) * keys;
+    const int64_t sums = 3 * columns * width + queries * (width + 2) + 2 * kTileLines * (keys + kTileLines);
+    return packed * 3 / 2 + sums + (length + queries) * head_dim;
+}
+
 // What one thread does in one go: heads that add to the same slice of d_bias in a fixed order, into partial sums of
 // their own. Without d_bias, one head.
 struct Unit {
@@ -63,11 +72,13 @@ void run_backward(const AttentionBackward<Y>& args, const AttentionShape& shape,
     } else {
         for (const HeadOfSequence& item : shape.items) units.push_back({0, {item}});
     }
-    const bool tiles = std::is_same_v<Y, bf16> && cpu_capability() == Capability::kAmx;
-    const int64_t block = query_block(shape.longest, tiles), threads = torch::stable::get_num_threads();
+    const bool in_parts = in_tile_parts<Y>(shape);
+    const int64_t block = query_block(shape.longest, std::is_same_v<Y, bf16> && has_tiles());
+    const int64_t threads = torch::stable::get_num_threads();
     const int64_t columns = (shape.longest + 15) / 16 * 16, width = (shape.head_dim + 15) / 16 * 16;
-    const int64_t words =
-        5 * columns * width + 5 * block * width + 5 * block * columns + (shape.longest + block) * shape.head_dim;
+    const int64_t words = in_parts ? part_backward_words(shape.longest, shape.head_dim)
+                                   : 5 * columns * width + 5 * block * width + 5 * block * columns +
+                                         (shape.longest + block) * shape.head_dim;
     const int64_t count = units.size();
     const int64_t workers = std::min(threads, count);
     Shares shares(count, workers);
@@ -80,7 +91,7 @@ void run_backward(const AttentionBackward<Y>& args, const AttentionShape& shape,
                 slice = sums + units[i].slice * slice_size;
             }
             for (const HeadOfSequence& item : units[i].items) {
-                VITFAST_DISPATCH(attention_backward_head(args, item, block, shape.longest, scratch, slice));
+                VITFAST_DISPATCH(attention_backward_head(args, item, block, shape.longest, in_parts, scratch, slice));
             }
         }
     });

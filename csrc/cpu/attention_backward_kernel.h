@@ -6,6 +6,12 @@
 #include "vec_math.h"
 // after those
 #include "attention_heads_kernel.h"
+// after that
+#include "attention_gradient.h"
+// after that
+#if VITFAST_AMX
+#include "attention_backward_tiles.h"
+#endif
 
 template <class Y>
 struct BackwardWorkspace {
@@ -87,30 +93,6 @@ VITFAST_INLINE void pair_block(const BackwardWorkspace<Y>& w, int64_t count, int
     }
 }
 
-template <class Y>
-VITFAST_INLINE float dot_rows(const Y* a, const Y* b, int64_t width) {
-    Vec sum = {};
-    for (int64_t e = 0; e < width; e += kLanes) sum = fma(load(a + e, width - e), load(b + e, width - e), sum);
-    return reduce_add(sum);
-}
-
-// to[rows, width] (row_stride elements apart) = from[rows][pitch] * factor
-template <class Y>
-void write_rows(const float* from, int64_t pitch, float factor, Y* to, int64_t row_stride, int64_t rows,
-                int64_t width) {
-    for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t e = 0; e < width; e += kLanes) {
-            store(to + r * row_stride + e, load(from + r * pitch + e) * factor, width - e);
-        }
-    }
-}
-
-// Where the head's shares of the gradients of q's (row 0) or k's (row 2) weight and bias are summed, or null.
-template <class Y>
-VITFAST_INLINE float* norm_sums_of(const AttentionBackward<Y>& a, const HeadOfSequence& item, int64_t row) {
-    return a.norm_sums ? a.norm_sums + (item.index * 4 + row) * a.head_dim : nullptr;
-}
-
 // Queries [begin, begin + count). d_bias: the head's slice [L, L], or null.
 template <class Y>
 void backward_block(const AttentionBackward<Y>& a, const HeadOfSequence& item, int64_t begin, int64_t count,
@@ -153,18 +135,18 @@ void backward_block(const AttentionBackward<Y>& a, const HeadOfSequence& item, i
                      begin > 0);
     multiply<kPairs>({w.d_logit_pairs, 1, columns}, w.query_panel, item.length, width, block_words, w.d_keys, width,
                      begin > 0);
-    Y* const d_q = a.d_qkv + start * stride + item.head * head_dim;
-    if (prepare) {
-        write_head_gradient(a.options, 0, item, begin, w.d_queries, width, a.scale, q, d_q, stride, count, head_dim,
-                            norm_sums_of(a, item, 0));
-    } else {
-        write_rows(w.d_queries, width, a.scale, d_q, stride, count, head_dim);
-    }
+    write_gradient(a, item, 0, begin, count, w.d_queries, width);
 }
 
+// in_parts: by AMX's tiles, three bf16 parts a number; fp32 on a CPU that has them.
 template <class Y>
 void attention_backward_head(const AttentionBackward<Y>& a, const HeadOfSequence& item, int64_t block,
-                             int64_t max_seqlen, Scratch& scratch, float* d_bias) {
+                             int64_t max_seqlen, [[maybe_unused]] bool in_parts, Scratch& scratch, float* d_bias) {
+#if VITFAST_AMX
+    if constexpr (std::is_same_v<Y, float>) {
+        if (in_parts) return attention_backward_by_tiles(a, item, scratch, d_bias);
+    }
+#endif
     constexpr bool kPairs = BackwardWorkspace<Y>::kPairs;
     const BackwardWorkspace<Y> w(scratch, block, max_seqlen, a.head_dim);
     const int64_t part = a.heads * a.head_dim, stride = 3 * part;
@@ -181,11 +163,6 @@ void attention_backward_head(const AttentionBackward<Y>& a, const HeadOfSequence
     for (int64_t i = 0; i < item.length; i += block) {
         backward_block(a, item, i, std::min(block, item.length - i), w, d_bias);
     }
-    if (prepare) {
-        write_head_gradient(a.options, 1, item, 0, w.d_keys, width, a.scale, k, a.d_qkv + k_offset, stride, item.length,
-                            a.head_dim, norm_sums_of(a, item, 2));
-    } else {
-        write_rows(w.d_keys, width, a.scale, a.d_qkv + k_offset, stride, item.length, a.head_dim);
-    }
+    write_gradient(a, item, 1, 0, item.length, w.d_keys, width);
     write_rows(w.d_values, width, 1.0f, a.d_qkv + k_offset + part, stride, item.length, a.head_dim);
 }

@@ -5,6 +5,7 @@
 
 #include "check.h"
 #include "isa.h"
+#include "tiles.h"
 
 // What the products of linear layers share: panels of the right operand, and what follows the sums.
 namespace vitfast {
@@ -12,27 +13,13 @@ namespace vitfast {
 constexpr int64_t kPanelColumns = 64;  // 4 vectors of AVX-512, the width of its register tile
 constexpr int64_t kPanelStep = 16;     // the last panel's columns are rounded up to this
 
-constexpr int64_t kTileLines = 32;  // rows, or columns, of a block of AMX's tiles
-constexpr int64_t kFewRows = 4;     // of fp32 that are multiplied with the weight as it lies
+constexpr int64_t kFewRows = 4;  // of fp32 that are multiplied with the weight as it lies
 
 inline int64_t panels_of(int64_t outputs) { return (outputs + kPanelColumns - 1) / kPanelColumns; }
 
 inline int64_t panel_columns(int64_t outputs, int64_t panel) {
     const int64_t left = outputs - panel * kPanelColumns;
     return left >= kPanelColumns ? kPanelColumns : (left + kPanelStep - 1) / kPanelStep * kPanelStep;
-}
-
-// bf16 matrices [T, W] in the order in which AMX's tiles load a product's left operand, from one op to the next that
-// reads it: [blocks of 32 rows][W / 32][32][32]. W is a multiple of 32.
-struct TileRows {
-    const bf16* x = nullptr;
-    bf16* out = nullptr;
-};
-
-// Where the 32 numbers of a row lie that begin at `column`, a multiple of 32; the next row's follow, up to the block's
-// end.
-inline int64_t place_in_tiles(int64_t row, int64_t column, int64_t width) {
-    return row / kTileLines * kTileLines * width + column * kTileLines + row % kTileLines * kTileLines;
 }
 
 // Numbers in fp32 or bf16, or (both null) none.

@@ -9,113 +9,37 @@
 #include "int8_finish.h"
 #include "linear_finish.h"
 #include "tile_pack.h"
+#include "tile_products.h"
 // and after that
 #include "tile_finish.h"
 
-// Tiles: see amx_tiles.h. They are loaded as soon as the last product that needs the old ones has begun.
-#define VITFAST_UPPER(part) _tile_loadd(4, a + (part) * kPartWords, 64);
-#define VITFAST_LOWER(part) \
-    if constexpr (kLower) _tile_loadd(5, a + (part) * kPartWords + kTileWords, 64);
-#define VITFAST_LEFT(part) _tile_loadd(6, b + (part) * kPartWords, 64);
-#define VITFAST_RIGHT(part) \
-    if constexpr (kRight) _tile_loadd(7, b + (part) * kPartWords + kTileWords, 64);
-#define VITFAST_UPPER_LEFT _tile_dpbf16ps(0, 4, 6);
-#define VITFAST_UPPER_RIGHT \
-    if constexpr (kRight) _tile_dpbf16ps(1, 4, 7);
-#define VITFAST_LOWER_LEFT \
-    if constexpr (kLower) _tile_dpbf16ps(2, 5, 6);
-#define VITFAST_LOWER_RIGHT \
-    if constexpr (kLower && kRight) _tile_dpbf16ps(3, 5, 7);
-
-// The sums in tiles 0 to 3, and the products of `steps` steps of fp32's parts.
-template <bool kLower, bool kRight, class Between>
-VITFAST_INLINE void add_products(float, const uint32_t* a, const uint32_t* b, int64_t steps, Between& between) {
-    if (steps > 0) {
-        VITFAST_UPPER(0) VITFAST_LEFT(2) VITFAST_LOWER(0) VITFAST_RIGHT(2)
-    }
-    // clang-format off
-    for (int64_t step = 0; step < steps; ++step) {
-        // part 0 of A with 2 of B
-        VITFAST_UPPER_LEFT  between.fetch(); VITFAST_LOWER_LEFT  VITFAST_LEFT(1)
-        VITFAST_UPPER_RIGHT between.fetch(); VITFAST_LOWER_RIGHT VITFAST_RIGHT(1)
-        // 0 with 1
-        VITFAST_UPPER_LEFT  between.fetch(); VITFAST_LOWER_LEFT  VITFAST_UPPER_RIGHT VITFAST_UPPER(1)
-        VITFAST_LOWER_RIGHT between.fetch(); VITFAST_LOWER(1)
-        // 1 with 1
-        VITFAST_UPPER_LEFT  VITFAST_LOWER_LEFT  between.fetch(); VITFAST_LEFT(0)
-        VITFAST_UPPER_RIGHT VITFAST_LOWER_RIGHT between.fetch(); VITFAST_RIGHT(0)
-        // 1 with 0
-        VITFAST_UPPER_LEFT  VITFAST_LOWER_LEFT  between.fetch(); VITFAST_UPPER_RIGHT VITFAST_UPPER(2)
-        VITFAST_LOWER_RIGHT between.fetch(); VITFAST_LOWER(2)
-        // 2 with 0
-        VITFAST_UPPER_LEFT  VITFAST_LOWER_LEFT  VITFAST_UPPER_RIGHT VITFAST_UPPER(0)
-        VITFAST_LOWER_RIGHT VITFAST_LOWER(0)
-        between.finish(step);
-        a += kTileStep<float>;
-        b += kTileStep<float>;
-        // 0 with 0
-        const bool more = step + 1 < steps;
-        VITFAST_UPPER_LEFT  VITFAST_LOWER_LEFT  if (more) { VITFAST_LEFT(2) }
-        VITFAST_UPPER_RIGHT if (more) { VITFAST_UPPER(0) }
-        VITFAST_LOWER_RIGHT if (more) { VITFAST_LOWER(0) VITFAST_RIGHT(2) }
-    }
-    // clang-format on
-}
-
-#define VITFAST_DOT(sum, left, right)                \
-    if constexpr (std::is_same_v<Number, uint8_t>) { \
-        _tile_dpbusd(sum, left, right);              \
-    } else {                                         \
-        _tile_dpbf16ps(sum, left, right);            \
-    }
-
-// The same of bf16, or of 8-bit integers.
-template <bool kLower, bool kRight, class Number, class Between>
-VITFAST_INLINE void add_products(Number, const uint32_t* a, const uint32_t* b, int64_t steps, Between& between) {
-    for (int64_t step = 0; step < steps; ++step) {
-        VITFAST_UPPER(0)
-        VITFAST_LEFT(0)
-        VITFAST_DOT(0, 4, 6)
-        between.fetch();
-        VITFAST_LOWER(0)
-        if constexpr (kLower) VITFAST_DOT(2, 5, 6)
-        between.fetch();
-        VITFAST_RIGHT(0)
-        if constexpr (kRight) VITFAST_DOT(1, 4, 7)
-        between.finish(step);
-        if constexpr (kLower && kRight) VITFAST_DOT(3, 5, 7)
-        a += kTileStep<Number>;
-        b += kTileStep<Number>;
+// Blocks [begin, end) of the right operand.
+template <class Y>
+void pack_right(const RightOperand<Y>& right, int64_t begin, int64_t end, uint32_t* packed) {
+    const int64_t first = begin * kTileLines, count = std::min(end * kTileLines, right.outputs) - first;
+    uint32_t* const to = packed + begin * tile_steps<Y>(right.inputs) * kTileStep<Y>;
+    if (right.transposed) {
+        pack_lines<false, true>(right.x + first, right.row_stride, count, right.inputs, to);
+    } else {
+        pack_lines<true, true>(right.x + first * right.row_stride, right.row_stride, count, right.inputs, to);
     }
 }
 
-#undef VITFAST_DOT
-#undef VITFAST_UPPER
-#undef VITFAST_LOWER
-#undef VITFAST_LEFT
-#undef VITFAST_RIGHT
-#undef VITFAST_UPPER_LEFT
-#undef VITFAST_UPPER_RIGHT
-#undef VITFAST_LOWER_LEFT
-#undef VITFAST_LOWER_RIGHT
-
-// sums[rows, 16 or (kRight) 32 columns] = (or +=) A * B over `steps` steps; rows as configured, kLower: more than 16.
-template <class P, bool kLower, bool kRight, class Between>
-VITFAST_INLINE void multiply_packed(const uint32_t* a, const uint32_t* b, int64_t steps, typename P::Sum* sums,
-                                    bool add, Between& between) {
-    constexpr int64_t kPitch = kSumsRow * sizeof(float);
-    begin_sums<kLower, kRight>(sums, kPitch, add);
-    add_products<kLower, kRight>(typename P::Number{}, a, b, steps, between);
-    store_sums<kLower, kRight>(sums, kPitch);
+// Rows [begin, end) of the left operand over the steps [from, to).
+template <class X, class Y>
+void pack_left(const Product<X, Y>& a, int64_t begin, int64_t end, int64_t from, int64_t to, uint32_t* packed) {
+    const int64_t start = from * kTileNumbers<Y>, numbers = std::min(a.inputs, to * kTileNumbers<Y>) - start;
+    if (a.transposed) {
+        pack_lines<false, false>(a.x + start * a.rows + begin, a.rows, end - begin, numbers, packed);
+    } else {
+        pack_lines<true, false>(a.x + begin * a.inputs + start, a.inputs, end - begin, numbers, packed);
+    }
 }
 
-template <class P, class Between>
-VITFAST_INLINE void multiply_packed(int64_t rows, int64_t columns, const uint32_t* a, const uint32_t* b, int64_t steps,
-                                    typename P::Sum* sums, bool add, Between& between) {
-    if (rows > kTile && columns > kTile) return multiply_packed<P, true, true>(a, b, steps, sums, add, between);
-    if (rows > kTile) return multiply_packed<P, true, false>(a, b, steps, sums, add, between);
-    if (columns > kTile) return multiply_packed<P, false, true>(a, b, steps, sums, add, between);
-    multiply_packed<P, false, false>(a, b, steps, sums, add, between);
+template <class Y>
+void pack_left(const Int8Product<Y>& a, int64_t begin, int64_t end, int64_t from, int64_t to, uint32_t* packed) {
+    const int64_t start = from * kTileNumbers<uint8_t>, last = std::min(a.inputs, to * kTileNumbers<uint8_t>);
+    pack_lines<true, false>(a.q + begin * a.pitch + start, a.pitch, end - begin, last - start, packed);
 }
 
 // What is done while the tiles multiply a block: the next block of the right operand comes into L2, evenly, as the
@@ -208,8 +132,9 @@ void multiply_rows_by_tiles(const P& a, const uint32_t* left, int64_t pitch, con
                 const int64_t slot = (index - first) * units + unit;
                 typename P::Sum* const block_sums = sums + (at_once ? slot % (units + 1) : slot) * kBlockSums;
                 if (finish) between.expect_rows(row, height, column, count);
-                multiply_packed<P>(height, count, left + (unit * pitch + hot) * kTileStep<Number>,
-                                   block + hot * kTileStep<Number>, hot_end - hot, block_sums, from + hot > 0, between);
+                multiply_packed(Number{}, height, count, left + (unit * pitch + hot) * kTileStep<Number>,
+                                block + hot * kTileStep<Number>, hot_end - hot, block_sums, kSumsRow, from + hot > 0,
+                                between);
                 between.finish_to(kTileLines);
                 if (finish) between.begin(block_sums, row, height, column, count);
             }

@@ -1,6 +1,6 @@
 // Operands of products by AMX's tiles. A packed block of 32 lines (rows of the left operand, columns of the right one):
 // [step][part][two tiles][16][16 words]. A tile's rows are, on the left, lines; on the right, words of a step.
-// Included by tile_linear_kernel.h after gemm.h.
+// Included by kernels after gemm.h.
 
 constexpr int64_t kTileWords = kTile * kTile;
 constexpr int64_t kPartWords = 2 * kTileWords;
@@ -20,14 +20,15 @@ struct Words<float> {
                                                                  21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
                                                                  11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
         const __m512i interleave = _mm512_load_si512(kInterleave);
-#pragma GCC unroll 3
-        for (int i = 0; i < 3; ++i) {
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) {
             const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(high, low);
             const UVec words = (UVec)_mm512_permutexvar_epi16(interleave, rounded);
             parts[i] = (Vec)words;
             low -= (Vec)(words << 16);
             high -= (Vec)(words & 0xffff0000u);
         }
+        parts[2] = (Vec)((UVec)low >> 16 | ((UVec)high & 0xffff0000u));  // 8 bits are left: nothing to round
     }
 
     // Of a line's next numbers.
@@ -69,6 +70,37 @@ struct Words<uint8_t> {  // of whole words, up to a row's end
     }
 };
 
+// A tile whose lines in memory are not its rows, of fp32: two blocks of numbers are turned, which is less than three of
+// their parts.
+template <bool kAlong>
+void pack_turned(const float* x, int64_t stride, int64_t lines, int64_t numbers, uint32_t* to) {
+    alignas(64) uint32_t turned[2 * kTileWords], whole[2 * kTileWords];
+    constexpr int64_t kStep = kTileNumbers<float>;
+    if (lines < kTile || numbers < kStep) {  // filled up with zeros
+        constexpr int64_t kRow = kAlong ? kStep : kTile;
+        const int64_t rows = kAlong ? lines : numbers, width = kAlong ? numbers : lines;
+        for (int64_t r = 0; r < 2 * kTileWords / kRow; ++r) {
+            for (int64_t i = 0; i < kRow; i += kTile) {
+                const Vec value = r < rows && i < width ? load(x + r * stride + i, width - i) : Vec{};
+                store_words(whole + r * kRow + i, value);
+            }
+        }
+        x = reinterpret_cast<const float*>(whole);
+        stride = kRow;
+    }
+    const auto* const from = reinterpret_cast<const uint32_t*>(x);
+    for (int64_t half = 0; half < 2; ++half) {
+        transpose_block(from + half * kTile * (kAlong ? 1 : stride), stride, turned + half * kTileWords, kTile);
+    }
+#pragma GCC unroll 2
+    for (int64_t i = 0; i < kTile; ++i) {
+        Vec parts[3];
+        Words<float>::split(load_words(turned + i * kTile), load_words(turned + kTileWords + i * kTile), parts);
+#pragma GCC unroll 3
+        for (int p = 0; p < 3; ++p) store_words(to + p * kPartWords + i * kTile, parts[p]);
+    }
+}
+
 // The tile of up to 16 lines of a step that has `numbers` more numbers. kAlong: a line's numbers are neighbours, lines
 // are `stride` apart; else the other way round.
 template <bool kAlong, bool kRight, class Y>
@@ -79,6 +111,7 @@ void pack_tile(const Y* x, int64_t stride, int64_t lines, int64_t numbers, uint3
     uint32_t* const rows = kTranspose ? made : to;
     constexpr int64_t kPitch = kTranspose ? kTileWords : kPartWords;
     const bool whole = lines >= kTile && numbers >= kTileNumbers<Y>;
+    if constexpr (kTranspose && kParts > 1) return pack_turned<kAlong>(x, stride, lines, numbers, to);
 #pragma GCC unroll 2
     for (int64_t i = 0; i < kTile; ++i) {
         Vec parts[kParts] = {};
@@ -119,6 +152,10 @@ void pack_lines(const Y* x, int64_t stride, int64_t lines, int64_t numbers, uint
     };
     if (kAlong) {
         for (int64_t tile = 0; tile < tiles; ++tile) {
+            const int64_t next = std::min(lines, (tile + 2) * kTile);
+            for (int64_t line = (tile + 1) * kTile; numbers <= kNarrowWidth && line < next; ++line) {
+                prefetch_row(x + line * stride, numbers);
+            }
             for (int64_t step = 0; step < steps; ++step) pack(tile, step);
         }
     } else {
@@ -126,33 +163,4 @@ void pack_lines(const Y* x, int64_t stride, int64_t lines, int64_t numbers, uint
             for (int64_t tile = 0; tile < tiles; ++tile) pack(tile, step);
         }
     }
-}
-
-// Blocks [begin, end) of the right operand.
-template <class Y>
-void pack_right(const RightOperand<Y>& right, int64_t begin, int64_t end, uint32_t* packed) {
-    const int64_t first = begin * kTileLines, count = std::min(end * kTileLines, right.outputs) - first;
-    uint32_t* const to = packed + begin * tile_steps<Y>(right.inputs) * kTileStep<Y>;
-    if (right.transposed) {
-        pack_lines<false, true>(right.x + first, right.row_stride, count, right.inputs, to);
-    } else {
-        pack_lines<true, true>(right.x + first * right.row_stride, right.row_stride, count, right.inputs, to);
-    }
-}
-
-// Rows [begin, end) of the left operand over the steps [from, to).
-template <class X, class Y>
-void pack_left(const Product<X, Y>& a, int64_t begin, int64_t end, int64_t from, int64_t to, uint32_t* packed) {
-    const int64_t start = from * kTileNumbers<Y>, numbers = std::min(a.inputs, to * kTileNumbers<Y>) - start;
-    if (a.transposed) {
-        pack_lines<false, false>(a.x + start * a.rows + begin, a.rows, end - begin, numbers, packed);
-    } else {
-        pack_lines<true, false>(a.x + begin * a.inputs + start, a.inputs, end - begin, numbers, packed);
-    }
-}
-
-template <class Y>
-void pack_left(const Int8Product<Y>& a, int64_t begin, int64_t end, int64_t from, int64_t to, uint32_t* packed) {
-    const int64_t start = from * kTileNumbers<uint8_t>, last = std::min(a.inputs, to * kTileNumbers<uint8_t>);
-    pack_lines<true, false>(a.q + begin * a.pitch + start, a.pitch, end - begin, last - start, packed);
 }
