@@ -175,6 +175,17 @@ class CpuKernels(RawKernels):
         self._linear(d_out, weight, True, None, None, "none", None, None, None, None, d_x)
         return d_x
 
+    def hidden_backward(
+        self, d_out: Tensor, weight: Tensor, h: Tensor, kind: str, want_act: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        d_act = self.input_grad(d_out, weight)
+        if d_act.shape != h.shape:  # a gate
+            return self.activation_backward(h, d_act, kind, want_act)
+        act = torch.empty_like(h) if want_act else None
+        d_bias = h.new_empty(h.shape[1], dtype=torch.float32)
+        self.functions.activation_backward(h, d_act, kind, d_act, act, d_bias)  # in place: a third less memory to pass
+        return d_act, act, d_bias
+
     def weight_grad(self, d_out: Tensor, x: Tensor) -> Tensor:
         if d_out.dtype not in self.own_dtypes:
             return super().weight_grad(d_out, x)
