@@ -154,11 +154,13 @@ void run_forward(const AttentionForward<Y>& args, const AttentionShape& shape) {
 }  // namespace
 
 // out[T, H, E] = softmax(scale * Q K^T + bias) V for every sequence and head; lse[H, T] = log(sum(exp(logits))).
-// padding[S, L] is true for keys that no query sees.
+// padding[S, L] is true for keys that no query sees. in_tiles: out in the order of TileRows, behind the tensor's rows
+// as many as fill the last block; E is then a multiple of 16.
 void attention_forward(Tensor qkv, double scale, OptionalTensor bias, OptionalTensor padding, OptionalTensor cos,
                        OptionalTensor sin, bool interleaved, std::string q_norm, std::string k_norm,
                        OptionalTensor q_weight, OptionalTensor q_bias, OptionalTensor k_weight, OptionalTensor k_bias,
-                       double q_eps, double k_eps, Tensor cu_seqlens, int64_t max_seqlen, Tensor out, Tensor lse) {
+                       double q_eps, double k_eps, Tensor cu_seqlens, int64_t max_seqlen, Tensor out, Tensor lse,
+                       bool in_tiles) {
     const AttentionShape shape = check_attention(qkv, bias, padding, cu_seqlens, max_seqlen);
     check("out", out, Device::kCpu, {qkv.scalar_type()}, {shape.rows, shape.heads, shape.head_dim});
     check("lse", lse, Device::kCpu, {ScalarType::Float}, {shape.heads, shape.rows});
@@ -169,7 +171,7 @@ void attention_forward(Tensor qkv, double scale, OptionalTensor bias, OptionalTe
         using Y = decltype(type);
         run_forward(AttentionForward<Y>{data<Y>(qkv), bias_of(bias), padding_of(padding), options, mutable_data<Y>(out),
                                         mutable_data<float>(lse), static_cast<float>(scale), shape.rows, shape.heads,
-                                        shape.head_dim},
+                                        shape.head_dim, in_tiles},
                     shape);
     };
     if (qkv.scalar_type() == ScalarType::Float) {
@@ -179,6 +181,18 @@ void attention_forward(Tensor qkv, double scale, OptionalTensor bias, OptionalTe
     }
 }
 
+namespace {
+
+void attention_forward_op(Tensor qkv, double scale, OptionalTensor bias, OptionalTensor padding, OptionalTensor cos,
+                          OptionalTensor sin, bool interleaved, std::string q_norm, std::string k_norm,
+                          OptionalTensor q_weight, OptionalTensor q_bias, OptionalTensor k_weight,
+                          OptionalTensor k_bias, double q_eps, double k_eps, Tensor cu_seqlens, int64_t max_seqlen,
+                          Tensor out, Tensor lse) {
+    attention_forward(qkv, scale, bias, padding, cos, sin, interleaved, q_norm, k_norm, q_weight, q_bias, k_weight,
+                      k_bias, q_eps, k_eps, cu_seqlens, max_seqlen, out, lse);
+}
+
+}  // namespace
 }  // namespace vitfast
 
-STABLE_TORCH_LIBRARY_IMPL(vitfast_C, CPU, m) { m.impl("attention_forward", TORCH_BOX(&vitfast::attention_forward)); }
+STABLE_TORCH_LIBRARY_IMPL(vitfast_C, CPU, m) { m.impl("attention_forward", TORCH_BOX(&vitfast::attention_forward_op)); }

@@ -48,6 +48,13 @@ struct AttentionForward {
     float* lse;
     float scale;
     int64_t rows, heads, head_dim;
+    bool in_tiles;  // out is in the order of TileRows; E is then a multiple of 16
+
+    // Where a row's output of a head begins from number e on.
+    Y* place(int64_t row, int64_t head, int64_t e) const {
+        const int64_t column = head * head_dim + e, width = heads * head_dim;
+        return out + (in_tiles ? place_in_tiles(row, column, width) : row * width + column);
+    }
 };
 
 template <class Y>

@@ -112,14 +112,16 @@ void attention_block(const AttentionForward<Y>& a, const HeadOfSequence& item, i
     for (int64_t i = 0; i < count; ++i)
         lse[i] += std::log(w.sums[i]);  // apart: a call in the loop above costs registers
 
-    Y* const out = a.out + ((item.start + begin) * a.heads + item.head) * a.head_dim;
-    const int64_t out_stride = a.heads * a.head_dim;
-    for (int64_t i = 0; i < count; ++i) prefetch_row_to_write(out + i * out_stride, a.head_dim);
+    const int64_t row = item.start + begin;
+    for (int64_t i = 0; i < count; ++i) {
+        for (int64_t e = 0; e < a.head_dim; e += kTileLines) __builtin_prefetch(a.place(row + i, item.head, e), 1);
+    }
     w.add_values(count);
     for (int64_t i = 0; i < count; ++i) {
         const float normaliser = w.sums[i] == 0.0f ? 0.0f : 1.0f / w.sums[i];
         for (int64_t e = 0; e < a.head_dim; e += kLanes) {
-            store(out + i * out_stride + e, load(w.out + i * w.out_pitch + e) * normaliser, a.head_dim - e);
+            const Vec value = load(w.out + i * w.out_pitch + e) * normaliser;
+            store(a.place(row + i, item.head, e), value, a.head_dim - e);
         }
     }
 }

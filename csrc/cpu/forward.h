@@ -16,6 +16,7 @@ void activation_forward(Tensor h, std::string name, Tensor out);
 void attention_forward(Tensor qkv, double scale, OptionalTensor bias, OptionalTensor padding, OptionalTensor cos,
                        OptionalTensor sin, bool interleaved, std::string q_norm, std::string k_norm,
                        OptionalTensor q_weight, OptionalTensor q_bias, OptionalTensor k_weight, OptionalTensor k_bias,
-                       double q_eps, double k_eps, Tensor cu_seqlens, int64_t max_seqlen, Tensor out, Tensor lse);
+                       double q_eps, double k_eps, Tensor cu_seqlens, int64_t max_seqlen, Tensor out, Tensor lse,
+                       bool in_tiles = false);
 
 }  // namespace vitfast

@@ -50,20 +50,19 @@ class Temporary {
 };
 
 // A matrix between an op and a product: in the order of TileRows where the product would otherwise bring it into that.
-// fp32's parts take half as much again, and more time on their way than packing does.
+// fp32's parts take half as much again, and more time on their way than packing does. piece: columns that the op writes
+// together; whole vectors.
 class Between : public Temporary {
   public:
-    Between(int64_t rows, int64_t width, ScalarType dtype) : Between(rows, width, dtype, in_tiles(width, dtype)) {}
+    Between(int64_t rows, int64_t width, ScalarType dtype, int64_t piece = kTileLines)
+        : Between(has_tiles() && dtype == kBFloat16 && width % kTileLines == 0 && piece % 16 == 0, rows, width, dtype) {
+    }
 
     bf16* tiles() const { return tiles_ ? mutable_data<bf16>(**this) : nullptr; }  // null: row by row
 
   private:
-    Between(int64_t rows, int64_t width, ScalarType dtype, bool tiles)
+    Between(bool tiles, int64_t rows, int64_t width, ScalarType dtype)
         : Temporary({rows, width}, dtype, tiles ? kTileLines * width * sizeof(bf16) : 0), tiles_(tiles) {}
-
-    static bool in_tiles(int64_t width, ScalarType dtype) {
-        return has_tiles() && dtype == kBFloat16 && width % kTileLines == 0;
-    }
 
     bool tiles_;
 };
@@ -102,16 +101,16 @@ void norm_attention_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, doub
     check("x", x, Device::kCpu, {kFloat, kBFloat16}, {-1, -1});
     const auto dtype = qkv_weight.scalar_type();
     const int64_t rows = x.size(0), head_dim = head_dim_of(qkv_weight, heads), outputs = 3 * heads * head_dim;
-    const Temporary qkv({rows, 3, heads, head_dim}, dtype), attended({rows, heads, head_dim}, dtype);
-    const Between normed(rows, x.size(1), dtype);
+    const Temporary qkv({rows, 3, heads, head_dim}, dtype);
+    const Between normed(rows, x.size(1), dtype), attended(rows, heads * head_dim, dtype, head_dim);
     const Temporary lse({heads, rows}, kFloat);
     norm(x, norm_weight, norm_bias, eps, *normed, normed.tiles());
     linear(*normed, qkv_weight, false, qkv_packed, qkv_bias, "none", {}, {}, {}, {},
            torch::stable::view(*qkv, {rows, outputs}), {normed.tiles(), nullptr});
     attention_forward(*qkv, scale, {}, {}, {}, {}, false, "", "", {}, {}, {}, {}, 0.0, 0.0, cu_seqlens, max_seqlen,
-                      *attended, *lse);
-    linear(torch::stable::view(*attended, {rows, heads * head_dim}), proj_weight, false, proj_packed, proj_bias, "none",
-           x, proj_scale, {}, {}, out);
+                      torch::stable::view(*attended, {rows, heads, head_dim}), *lse, attended.tiles() != nullptr);
+    linear(*attended, proj_weight, false, proj_packed, proj_bias, "none", x, proj_scale, {}, {}, out,
+           {attended.tiles(), nullptr});
 }
 
 // out[T, D] = x + scale * (activation(norm(x) fc1_weight^T + fc1_bias) fc2_weight^T + fc2_bias)

@@ -40,10 +40,11 @@ struct TileRows {
     bf16* out = nullptr;
 };
 
-// Where the 32 numbers of a row lie that begin at `column`, a multiple of 32; the next row's follow, up to the block's
-// end.
+// Where a row's number of a column lies. The row's next ones follow it up to a multiple of 32; the next row's are 32
+// numbers on, up to the block's end.
 inline int64_t place_in_tiles(int64_t row, int64_t column, int64_t width) {
-    return row / kTileLines * kTileLines * width + column * kTileLines + row % kTileLines * kTileLines;
+    const int64_t block = row / kTileLines * kTileLines * width, step = column / kTileLines * kTileLines * kTileLines;
+    return block + step + row % kTileLines * kTileLines + column % kTileLines;
 }
 
 // Whether products are made by tiles: on a CPU that has them.
