@@ -117,7 +117,8 @@ def test_parameters_stay_the_truth() -> None:
     assert all(torch.equal(before[key], after[key]) for key in before)
     if ops.extension_status()["_C"]["loaded"]:
         # the last block's qkv is there twice: in one for the model that returns all tokens, in parts for the class token
-        assert 0 < weight_cache.size_bytes() < 1.3 * sum(p.numel() for p in ours.blocks.parameters())
+        patches = 6 * ours.patch_embed.proj.weight.numel()  # stays fp32: up to three parts of two bytes
+        assert 0 < weight_cache.size_bytes() < patches + 1.3 * sum(p.numel() for p in ours.blocks.parameters())
     twin = copy.deepcopy(ours)
     assert torch.equal(twin(images), first)
     for name, parameter in twin.named_parameters():
