@@ -112,10 +112,11 @@ void multiply_by_tiles(const P& args, const uint32_t* packed) {
                 if (!whole_left && (turns > 1 || packed_block != block)) {
                     VITFAST_AMX_TILES::pack_left(args, begin, end, from, to, left);
                 }
-                const uint32_t* rows = left;
-                if (whole_left) rows = whole_left + (begin / kTileLines * steps + from) * kTileStep<Number>;
-                VITFAST_AMX_TILES::multiply_rows_by_tiles(args, rows, whole_left ? steps : to - from, packed, begin,
-                                                          end, first, last, from, to, sums);
+                const uint32_t* rows_left = left;
+                if (whole_left) rows_left = whole_left + (begin / kTileLines * steps + from) * kTileStep<Number>;
+                const int64_t pitch = whole_left ? steps : to - from;
+                VITFAST_AMX_TILES::multiply_rows_by_tiles(args, rows_left, pitch, packed, begin, end, first, last, from,
+                                                          to, sums);
             }
             packed_block = block;
         }

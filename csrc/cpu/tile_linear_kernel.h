@@ -114,7 +114,7 @@ void multiply_rows_by_tiles(const P& a, const uint32_t* left, int64_t pitch, con
                             int64_t end, int64_t first, int64_t last, int64_t from, int64_t to, typename P::Sum* sums) {
     using Number = typename P::Number;
     const int64_t all_steps = tile_steps<Number>(a.inputs), steps = to - from, units = tile_blocks(end - begin);
-    const bool at_once = steps == all_steps;
+    const bool one_turn = steps == all_steps;
     const int64_t parts = std::max<int64_t>(1, (steps + kHotSteps<Number> - 1) / kHotSteps<Number>);
     int64_t configured = 0;
     Meanwhile<P> between{a};
@@ -130,7 +130,7 @@ void multiply_rows_by_tiles(const P& a, const uint32_t* left, int64_t pitch, con
                 const int64_t row = begin + unit * kTileLines, height = std::min(end - row, kTileLines);
                 if (configured != height) configure_tiles(configured = height);
                 const int64_t slot = (index - first) * units + unit;
-                typename P::Sum* const block_sums = sums + (at_once ? slot % (units + 1) : slot) * kBlockSums;
+                typename P::Sum* const block_sums = sums + (one_turn ? slot % (units + 1) : slot) * kBlockSums;
                 if (finish) between.expect_rows(row, height, column, count);
                 multiply_packed(Number{}, height, count, left + (unit * pitch + hot) * kTileStep<Number>,
                                 block + hot * kTileStep<Number>, hot_end - hot, block_sums, kSumsRow, from + hot > 0,
