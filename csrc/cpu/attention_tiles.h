@@ -11,12 +11,6 @@ struct PackedBlocks {
     int64_t pitch;
 };
 
-// Two vectors of a line's numbers, as words of its step in a packed operand.
-VITFAST_INLINE void store_parts(uint32_t* to, const Vec parts[3]) {
-#pragma GCC unroll 3
-    for (int p = 0; p < 3; ++p) store_words(to + p * kPartWords, parts[p]);
-}
-
 struct NothingBetween {
     VITFAST_INLINE_MEMBER void fetch() {}
     VITFAST_INLINE_MEMBER void finish(int64_t) {}

@@ -43,20 +43,25 @@ VITFAST_INLINE void finish_block(const Product<Y, Y>& a, const float* sums, int6
     finish_rows(a, sums, kSumsRow, row, rows, first, count);
 }
 
+// Of a matrix as wide as the outputs.
+template <class P, class X>
+Ahead block_ahead(const P& a, const X* x, int64_t row, int64_t rows, int64_t first, int64_t count, int64_t times) {
+    return rows_ahead(x + row * a.outputs + first, rows, count * sizeof(X), a.outputs * sizeof(X), times);
+}
+
 template <class P>
 Ahead outputs_ahead(const P& a, int64_t row, int64_t rows, int64_t first, int64_t count, int64_t times) {
-    const int64_t size = sizeof(*a.out);
-    return rows_ahead(a.out + row * a.outputs + first, rows, count * size, a.outputs * size, times);
+    return block_ahead(a, a.out, row, rows, first, count, times);
 }
 
 template <class Y>
 Ahead outputs_ahead(const Product<Y, Y>& a, int64_t row, int64_t rows, int64_t first, int64_t count, int64_t times) {
-    if (a.out_transposed)
+    if (a.out_transposed) {
         return rows_ahead(a.out + first * a.rows + row, count, rows * sizeof(Y), a.rows * sizeof(Y), times);
-    if (!a.in_tiles.out)
-        return rows_ahead(a.out + row * a.outputs + first, rows, count * sizeof(Y), a.outputs * sizeof(Y), times);
-    const int64_t block = row / kTileLines * (a.outputs / kTileLines) + first / kTileLines;
-    return rows_ahead(a.in_tiles.out + block * kTileStep<Y>, 1, kTileStep<Y> * sizeof(uint32_t), 0, times);
+    }
+    if (!a.in_tiles.out) return block_ahead(a, a.out, row, rows, first, count, times);
+    const bf16* const block = a.in_tiles.out + place_in_tiles(row, first, a.outputs);
+    return rows_ahead(block, 1, kBlockSums * sizeof(bf16), 0, times);
 }
 
 // Rows that are finished in one go: more hold up the tiles, fewer cost calls. A step of fp32's parts is long enough for

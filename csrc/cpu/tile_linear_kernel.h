@@ -66,9 +66,8 @@ struct Meanwhile {
 
     // Where the rows that are multiplied now will be written to, and what they are added to, comes closer.
     void expect_rows(int64_t from, int64_t height, int64_t column, int64_t columns) {
-        const int64_t at = from * a.outputs + column, size = sizeof(*a.out), pitch = a.outputs * size;
         outputs = outputs_ahead(a, from, height, column, columns, steps);
-        if (a.residual) residual = rows_ahead(a.residual + at, height, columns * size, pitch, steps);
+        if (a.residual) residual = block_ahead(a, a.residual, from, height, column, columns, steps);
     }
 
     VITFAST_INLINE_MEMBER void fetch() {

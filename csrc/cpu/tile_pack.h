@@ -70,6 +70,12 @@ struct Words<uint8_t> {  // of whole words, up to a row's end
     }
 };
 
+// Two vectors of a line's numbers, as words of its step in a packed operand.
+VITFAST_INLINE void store_parts(uint32_t* to, const Vec parts[3]) {
+#pragma GCC unroll 3
+    for (int p = 0; p < 3; ++p) store_words(to + p * kPartWords, parts[p]);
+}
+
 // A tile whose lines in memory are not its rows, of fp32: two blocks of numbers are turned, which is less than three of
 // their parts.
 template <bool kAlong>
@@ -96,8 +102,7 @@ void pack_turned(const float* x, int64_t stride, int64_t lines, int64_t numbers,
     for (int64_t i = 0; i < kTile; ++i) {
         Vec parts[3];
         Words<float>::split(load_words(turned + i * kTile), load_words(turned + kTileWords + i * kTile), parts);
-#pragma GCC unroll 3
-        for (int p = 0; p < 3; ++p) store_words(to + p * kPartWords + i * kTile, parts[p]);
+        store_parts(to + i * kTile, parts);
     }
 }
 

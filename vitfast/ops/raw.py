@@ -114,9 +114,9 @@ class RawKernels(LibraryProducts, BlockHalves, PatchProducts):
         return act
 
     def activation_backward(
-        self, h: Tensor, d_act: Tensor, kind: str, want_act: bool
+        self, h: Tensor, d_act: Tensor, kind: str, want_act: bool, d_h: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        d_h = torch.empty_like(h)
+        d_h = torch.empty_like(h) if d_h is None else d_h
         act = torch.empty_like(d_act) if want_act else None
         d_bias = h.new_empty(h.shape[1], dtype=torch.float32)
         self.functions.activation_backward(h, d_act, kind, d_h, act, d_bias)
@@ -209,6 +209,10 @@ class RawKernels(LibraryProducts, BlockHalves, PatchProducts):
         self.functions.unpatchify(d_patches, patch, scale, d_images)
         return d_images
 
+    def _token_parameter(self, x: Tensor | None) -> Tensor | None:
+        """In a dtype that the kernel of assemble_tokens reads."""
+        return f32(x)
+
     def assemble_tokens(
         self,
         projected: Tensor,
@@ -221,7 +225,7 @@ class RawKernels(LibraryProducts, BlockHalves, PatchProducts):
     ) -> Tensor:
         R = 0 if prefix is None else prefix.shape[0]
         tokens = projected.new_empty(images, R + patches, projected.shape[1], dtype=dtype)
-        self.functions.assemble_tokens(projected, f32(bias), f32(pos_embed), f32(prefix), tokens)
+        self.functions.assemble_tokens(projected, *map(self._token_parameter, (bias, pos_embed, prefix)), tokens)
         return tokens
 
 

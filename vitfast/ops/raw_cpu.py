@@ -40,21 +40,8 @@ class CpuKernels(RawKernels):
         self._linear(patches_TK, weight, False, panels, None, "none", None, None, None, None, out)
         return out
 
-    def assemble_tokens(
-        self,
-        projected: Tensor,
-        images: int,
-        patches: int,
-        bias: Tensor | None,
-        pos_embed: Tensor | None,
-        prefix: Tensor | None,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        R = 0 if prefix is None else prefix.shape[0]
-        tokens = projected.new_empty(images, R + patches, projected.shape[1], dtype=dtype)
-        parameters = (p if p is None or p.dtype == torch.bfloat16 else p.float() for p in (bias, pos_embed, prefix))
-        self.functions.assemble_tokens(projected, *parameters, tokens)
-        return tokens
+    def _token_parameter(self, x: Tensor | None) -> Tensor | None:
+        return x if x is None or x.dtype == torch.bfloat16 else f32(x)
 
     def linear_activation(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, keep: bool
@@ -179,12 +166,8 @@ class CpuKernels(RawKernels):
         self, d_out: Tensor, weight: Tensor, h: Tensor, kind: str, want_act: bool
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         d_act = self.input_grad(d_out, weight)
-        if d_act.shape != h.shape:  # a gate
-            return self.activation_backward(h, d_act, kind, want_act)
-        act = torch.empty_like(h) if want_act else None
-        d_bias = h.new_empty(h.shape[1], dtype=torch.float32)
-        self.functions.activation_backward(h, d_act, kind, d_act, act, d_bias)  # in place: a third less memory to pass
-        return d_act, act, d_bias
+        in_place = d_act if d_act.shape == h.shape else None  # not with a gate; a third less memory to pass
+        return self.activation_backward(h, d_act, kind, want_act, in_place)
 
     def weight_grad(self, d_out: Tensor, x: Tensor) -> Tensor:
         if d_out.dtype not in self.own_dtypes:
