@@ -28,17 +28,13 @@ class CpuKernels(RawKernels):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if x.dtype not in self.own_dtypes:
             return super().linear(x, weight, bias)
-        out = x.new_empty(x.shape[0], weight.shape[0])
-        self._linear(x, weight, False, None, bias, "none", None, None, None, None, out)
-        return out
+        return self._product(x, weight, None, bias)
 
     def project_patches(self, patches_TK: Tensor, weight_DK: Tensor) -> Tensor:
         if weight_DK.dtype not in self.own_dtypes:
             return super().project_patches(patches_TK, weight_DK)
-        out = patches_TK.new_empty(patches_TK.shape[0], weight_DK.shape[0])
-        weight, panels = self._constant(weight_DK)  # also in training, where it is packed once a step either way
-        self._linear(patches_TK, weight, False, panels, None, "none", None, None, None, None, out)
-        return out
+        # kept in training too, where it is packed once a step either way
+        return self._product(patches_TK, *self._constant(weight_DK), None)
 
     def _token_parameter(self, x: Tensor | None) -> Tensor | None:
         return x if x is None or x.dtype == torch.bfloat16 else f32(x)
@@ -190,6 +186,11 @@ class CpuKernels(RawKernels):
             6 if self.has_tiles and weight.dtype == torch.float32 else weight.element_size()
         )  # fp32 as three bf16 parts
         return kept(weight, "panels", self.functions.pack_linear_weight, weight.numel() * size)
+
+    def _product(self, x: Tensor, weight: Tensor, panels: Tensor | None, bias: Tensor | None) -> Tensor:
+        out = x.new_empty(x.shape[0], weight.shape[0])
+        self._linear(x, weight, False, panels, bias, "none", None, None, None, None, out)
+        return out
 
     def _linear(self, x: Tensor, weight: Tensor, transposed: bool, *rest: Any) -> None:
         self.functions.linear(x.contiguous(), weight.contiguous(), transposed, *rest)
