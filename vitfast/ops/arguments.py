@@ -80,8 +80,9 @@ def check_drop_path(drop_path: Tensor | None, x: Tensor) -> None:
 
 def rows(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """[..., D] as contiguous [T, D] rows, in ``dtype`` where given; a view where it already is so."""
-    x = x.reshape(-1, x.shape[-1]).contiguous()
-    return x if dtype is None else x.to(dtype)
+    if x.dim() != 2 or not x.is_contiguous():
+        x = x.reshape(-1, x.shape[-1]).contiguous()
+    return x if dtype is None or x.dtype == dtype else x.to(dtype)
 
 
 def cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -110,9 +111,16 @@ def gradients(
 ) -> tuple[Tensor, ...]:
     """What a backward op returns: each wanted gradient in its input's dtype and shape, an empty tensor for the others."""
     return tuple(
-        d.to(like.dtype).view(like.shape) if want and d is not None and like is not None else nothing(fallback)
+        _fitted(d, like) if want and d is not None and like is not None else nothing(fallback)
         for d, like, want in zip(grads, likes, wanted, strict=True)
     )
+
+
+def _fitted(x: Tensor, like: Tensor) -> Tensor:
+    """``x`` in the dtype and shape of ``like``; asking first is cheaper than converting to what it is."""
+    if x.dtype != like.dtype:
+        x = x.to(like.dtype)
+    return x if x.shape == like.shape else x.view(like.shape)
 
 
 def fake_gradients(likes: Sequence[Tensor | None], wanted: Sequence[bool], fallback: Tensor) -> tuple[Tensor, ...]:

@@ -28,10 +28,10 @@ def register(
 ) -> Callable[..., Any]:
     """Define one op from its schema and return how to call it.
 
-    Without gradients, ordinary tensors and with nothing that watches PyTorch's dispatcher, the call is ``run`` itself: the
-    way through the dispatcher to Python takes longer than some kernels. Inside a ``torch.func`` transform, under forward-mode
-    differentiation and in ONNX export, which know nothing of our ops, the call is ``run`` with the backend "composite":
-    PyTorch's own functions.
+    With ordinary tensors and with nothing that watches PyTorch's dispatcher, the call is ``run`` itself or, with gradients, an
+    autograd.Function of it: the way through the dispatcher to Python takes longer than some kernels. Inside a ``torch.func``
+    transform, under forward-mode differentiation and in ONNX export, which know nothing of our ops, the call is ``run``
+    with the backend "composite": PyTorch's own functions.
 
     Args:
         schema: ``"name(Tensor x, ..., str backend) -> Tensor"``; the last argument is the backend. A gradient's name ends
@@ -43,16 +43,23 @@ def register(
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    unrecorded = _unrecorded(run)
+    LIBRARY.impl(name, unrecorded, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vitfast::{name}", fake, lib=LIBRARY)
     torch.library.register_autograd(
         f"vitfast::{name}", backward or _no_second_derivative(name), setup_context=setup_context, lib=LIBRARY
     )
     op = getattr(torch.ops.vitfast, name).default
+    function = _function(name, unrecorded, backward, setup_context) if backward and setup_context else None
 
     def call(*args: Any) -> Any:
-        if args[-1] == COMPOSITE or runs_unwatched(*args):
+        if args[-1] == COMPOSITE:
             return run(*args)
+        if _is_unwatched(*args):
+            if not torch.is_grad_enabled():
+                return run(*args)
+            if function:
+                return function.apply(*args)
         return run(*args[:-1], COMPOSITE) if _sees_only_pytorch() else op(*args)
 
     def call_gradient(*args: Any) -> Any:
@@ -63,13 +70,42 @@ def register(
 
 def runs_unwatched(*args: Any) -> bool:
     """Whether only the kernels could tell that an op with these arguments was not dispatched."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+    return not torch.is_grad_enabled() and _is_unwatched(*args)
+
+
+def _is_unwatched(*args: Any) -> bool:
+    """The same of whoever looks on besides autograd."""
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     if torch.autograd._profiler_enabled() or torch._C._get_tracing_state() is not None:
         return False
     return all(type(a) in _ORDINARY for a in args if isinstance(a, torch.Tensor))
+
+
+def _unrecorded(run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run`` unseen by autograd: a view that it returns is an ordinary tensor, which may be changed in place."""
+
+    def inner(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return run(*args)
+
+    return inner
+
+
+def _function(
+    name: str, run: Callable[..., Any], backward: Callable[..., Any], setup_context: Callable[..., Any]
+) -> type[torch.autograd.Function]:
+    """The op for autograd alone."""
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = run(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(f"vitfast_{name}", (torch.autograd.Function,), members)
 
 
 def _sees_only_pytorch() -> bool:
