@@ -10,6 +10,7 @@ import torch
 from model_checks import batch, run, small
 from op_checks import randn
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.functional import layer_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -106,3 +107,12 @@ def test_a_second_derivative_says_what_to_do() -> None:
     (d_x,) = torch.autograd.grad(ops.layer_norm(x, weight, bias).square().sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="composite"):
         d_x.sum().backward()
+
+
+def test_forward_mode_needs_no_gradients() -> None:
+    x, weight, bias = (t.detach() for t in inputs())
+    tangent = randn(2, 5, 64, seed=1).float()
+    with torch.no_grad(), forward_ad.dual_level():
+        found = forward_ad.unpack_dual(ops.layer_norm(forward_ad.make_dual(x, tangent), weight, bias)).tangent
+    _, wanted = torch.func.jvp(lambda x: layer_norm(x, (64,), weight, bias, 1e-6), (x,), (tangent,))
+    torch.testing.assert_close(found, wanted)
