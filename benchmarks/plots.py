@@ -56,11 +56,12 @@ def draw(results: Machine, most: int | None = None) -> list[Path]:
 
 
 def _save(figure: Any, path: Path) -> None:
-    """With a palette of 64 colours: lines and text look the same, and the file is a quarter as large."""
+    """With a palette, which makes the file a quarter as large; by the octree, as others merge the colours of few pixels."""
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=90)
     with Image.open(drawn) as image:
-        image.convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
+        palette = image.convert("RGB").quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+        palette.save(path, optimize=True)
 
 
 def _figures(results: Machine) -> Iterator[tuple[str, Any]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from bench_checks import content, row
+from PIL import Image, ImageColor
 
 from vitfast.benchmarks import plots, report, schema, standing
 from vitfast.benchmarks.schema import Row
@@ -63,6 +64,20 @@ def test_report_and_plots_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_no_points_no_picture(tmp_path: Path) -> None:
     assert plots.draw(report.Machine(tmp_path, (content(),))) == []
+
+
+def test_peers_keep_their_colours_in_the_file(tmp_path: Path) -> None:
+    """Also those of a few pixels: one point and an entry in the legend."""
+    rows = [row(ms=L / 100, shape=f"B=1 L={L}") for L in (64, 128, 256)]
+    rows += [row("sdpa", L / 50, f"B=1 L={L}") for L in (64, 128, 256)]
+    rows += [row(f"peer {i}", 1.0 + i, "B=1 L=64") for i in range(len(plots._PEERS) - 1)]
+    schema.write(tmp_path / "attention.json", content(*rows))
+    plots.draw(next(iter(report.machines(tmp_path))))
+    with Image.open(tmp_path / "growth-attention-float32.png") as image:
+        found = {color for _, color in image.convert("RGB").getcolors(maxcolors=1 << 24)}
+    for name in (plots._OURS, *plots._PEERS):
+        wanted = ImageColor.getrgb(name)
+        assert any(max(abs(a - b) for a, b in zip(color, wanted, strict=True)) <= 2 for color in found), name
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/performance.md"])
