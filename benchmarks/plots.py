@@ -60,8 +60,8 @@ def _save(figure: Any, path: Path) -> None:
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=90)
     with Image.open(drawn) as image:
-        palette = image.convert("RGB").quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
-        palette.save(path, optimize=True)
+        indexed = image.convert("RGB").quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    indexed.save(path, optimize=True)
 
 
 def _figures(results: Machine) -> Iterator[tuple[str, Any]]:

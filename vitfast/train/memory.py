@@ -12,7 +12,7 @@ _BYTES = 2**30, 2**25
 def keep_freed_memory() -> bool:
     """Let the C library's allocator keep what this process frees, for all its threads and until it ends.
 
-    On a CPU the activations of a step are fresh pages in every step, and the page faults took 5 to 10 % of it where this was
+    On a CPU the activations of a step are fresh pages in every step, and the page faults took 2 to 10 % of it where this was
     measured (docs/decisions.md). The process then holds on to the most memory it ever used, up to 1 GiB in one block.
     `vitfast train` calls this; a loop of your own may, before its first step. The same from outside:
     ``MALLOC_TRIM_THRESHOLD_=1073741824 MALLOC_MMAP_THRESHOLD_=1073741824``.
