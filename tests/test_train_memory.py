@@ -17,12 +17,13 @@ if sys.argv[1] == "keep":
     assert keep_freed_memory()
 
 def step():
-    kept = [torch.ones(3 << 20) for _ in range(20)]  # 12 MiB each
+    kept = [torch.ones(10 << 20) for _ in range(5)]  # 40 MiB each: over 32 MiB glibc never keeps a block of its own accord
 
-step()
-step()
+for _ in range(10):  # the heap takes some steps to settle
+    step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-step()
+for _ in range(4):
+    step()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
