@@ -44,7 +44,7 @@ def images(dtype: torch.dtype = torch.float32) -> Tensor:
 
 def one_by_one(call: Callable[[Tensor], Tensor], x: Tensor, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     with monkeypatch.context() as patch, torch.no_grad():
-        patch.setattr(BlockStack, "run", lambda *_: None)
+        patch.setattr(BlockStack, "run", lambda *_, **__: None)
         return call(x)
 
 
@@ -53,8 +53,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     seen: list[bool] = []
     run = BlockStack.run
 
-    def spy(self: BlockStack, *args) -> Tensor | None:
-        out = run(self, *args)
+    def spy(self: BlockStack, *args, **options) -> Tensor | None:
+        out = run(self, *args, **options)
         seen.append(out is not None)
         return out
 
@@ -127,15 +127,68 @@ def test_dtypes_of_plain_pytorch_are_one_by_one(dtype: torch.dtype, monkeypatch:
     assert seen == [False]
 
 
-def test_gradients_autocast_and_masks_are_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_and_masks_are_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = small(), images()
     seen = calls(monkeypatch)
     model(x).sum().backward()
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        model(x)
     with torch.no_grad():
         model(x, key_padding_mask=torch.zeros(2, 16, dtype=torch.bool))
-    assert seen == [False, False, False]
+    assert not any(seen)
+
+
+@pytest.mark.parametrize("options", [{}, {"init_values": 0.1, "qkv_bias": False}, {"mlp_layer": "swiglu"}])
+def test_autocast_keeps_the_weights_in_its_dtype(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits as when they are cast at every call; changes of weights and of autocast itself are seen."""
+    skip_unless_available("norm_attention", "cpu", torch.bfloat16)
+    if torch.bfloat16 not in CpuKernels().own_dtypes:
+        pytest.skip("products in bf16 are oneDNN's on this CPU")
+    model, x = small(**options), images()
+    with torch.no_grad():
+        in_fp32 = model.forward_features(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            expected = one_by_one(model.forward_features, x, monkeypatch)
+            seen = calls(monkeypatch)
+            assert torch.equal(model.forward_features(x), expected)
+            kept = weight_cache.size_bytes()
+            assert torch.equal(model.forward_features(x), expected)
+            assert weight_cache.size_bytes() == kept
+            for name in ("attn.proj.weight", "mlp.fc2.bias", "norm1.bias"):
+                model.blocks[1].get_parameter(name).mul_(1.5)
+                changed = model.forward_features(x)
+                assert not torch.equal(changed, expected)
+                expected = one_by_one(model.forward_features, x, monkeypatch)
+                assert torch.equal(changed, expected)
+            weight_cache.limit_bytes(0)
+            assert torch.equal(model.forward_features(x), expected)
+        assert seen == [True, True, True, True, True, False]
+        weight_cache.limit_bytes(None)
+        assert not torch.equal(model.forward_features(x), in_fp32)
+        assert (model.forward_features(x) - one_by_one(model.forward_features, x, monkeypatch)).abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mlp_layer": "swiglu_packed"},
+        {"mlp_layer": "swiglu"},
+        {"qkv_layout": "separate"},
+        {"qkv_layout": "separate", "qkv_bias": False, "mlp_layer": "swiglu", "block": "eva"},
+    ],
+)
+def test_gates_and_separate_projections(options: dict, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = small(**options).to(dtype), images(dtype)
+    seen = calls(monkeypatch)
+    with torch.no_grad():
+        first = model.forward_features(x)
+        assert torch.equal(first, one_by_one(model.forward_features, x, monkeypatch))
+        for p in model.blocks[2].parameters():  # each is looked at, alone or as a part of a joined one
+            p.mul_(2)
+            second = model.forward_features(x)
+            assert not torch.equal(second, first)
+            assert torch.equal(second, one_by_one(model.forward_features, x, monkeypatch))
+            first = second
+    assert all(seen)
 
 
 WRITES: dict[str, Callable[[nn.Module], object]] = {

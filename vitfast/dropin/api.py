@@ -59,6 +59,9 @@ def accelerate(model: M, *, backend: str = "auto", recompute: str = "fused") -> 
         raise ValueError(_unsupported(model, chosen))
     for module, kind in todo:
         fast.swap(module, kind, options)
+    for module in model.modules():
+        if type(module) is nn.Sequential and fast.holds_blocks(module):
+            fast.swap(module, fast.Sequential, options)
     changed = any(module._vitfast != options for module in done)
     for module in done:
         fast.set_options(module, options)

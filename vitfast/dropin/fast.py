@@ -1,7 +1,7 @@
 """Modules whose class was exchanged for a subclass with a faster ``forward``.
 
-A replaced module is the same object with the same parameters, buffers, hooks and children; only ``__class__`` and one
-attribute differ. So state dicts, optimizers, ``isinstance``, ``.to()``, deepcopy and pickle see what they saw before.
+A replaced module is the same object with the same parameters, buffers, hooks and children; only ``__class__`` and two
+attributes differ. So state dicts, optimizers, ``isinstance``, ``.to()``, deepcopy and pickle see what they saw before.
 """
 
 from __future__ import annotations
@@ -15,18 +15,13 @@ from torch.utils.checkpoint import checkpoint
 
 from vitfast import ops
 from vitfast.dropin.fused import Context, Options, attend, feed_forward
-from vitfast.dropin.parts import (
-    AttentionHalf,
-    MlpHalf,
-    Mode,
-    Norm,
-    is_plain,
-    keeps_dtype,
-    transforms_active,
-)
+from vitfast.dropin.parts import Mode, is_plain, keeps_dtype, may_run, transforms_active
+from vitfast.layers.halves import AttentionHalf, Halves, MlpHalf, Norm
+from vitfast.layers.stack import BlockStack, Describe
 from vitfast.ops.arguments import autocast_dtype
 
 _OPTIONS = "_vitfast"
+_STACK = "_vitfast_stack"
 
 
 class Fast:
@@ -35,7 +30,7 @@ class Fast:
     A subclass is named like the original, because others look modules up by class name (FSDP's wrapping policies do).
     """
 
-    _vitfast: Options
+    _vitfast = Options()
 
     @classmethod
     def original_class(cls) -> type[nn.Module]:
@@ -57,7 +52,8 @@ def swap(module: nn.Module, fast: type[nn.Module], options: Options) -> None:
 def unswap(module: Any) -> None:
     """Undo :func:`swap`."""
     module.__class__ = module.original_class()
-    module.__dict__.pop(_OPTIONS, None)
+    for name in (_OPTIONS, _STACK):
+        module.__dict__.pop(name, None)
 
 
 def set_options(module: Any, options: Options) -> None:
@@ -69,26 +65,80 @@ class FastBlock(Fast):
     """A pre-norm block. An adapter gives ``parts`` ("attention" and "mlp") and the two original halves."""
 
     def run_fused(
-        self, x: Tensor, parts: dict[str, Any], context: Context, original_attention: Callable[[Tensor], Tensor]
+        self,
+        x: Tensor,
+        context: Context,
+        original_attention: Callable[[Tensor], Tensor],
+        attention_stays: str | None = None,
     ) -> Tensor | None:
         """The block with every half fused that can be, the other through its own modules; None where neither can.
 
         ``original_attention`` computes x + attention branch by the original modules, ``self.original_mlp`` the other half.
+        ``attention_stays``: why attention has to be the original's in this call.
         """
-        attention, mlp, options = parts["attention"], parts["mlp"], self._vitfast
-        fuse_attention = isinstance(attention, AttentionHalf) and keeps_dtype(x, attention.proj.weight, attention.gamma)
-        fuse_mlp = isinstance(mlp, MlpHalf) and keeps_dtype(x, mlp.fc2.weight, mlp.gamma)
-        if fuse_attention and fuse_mlp:
+        options, found = self._vitfast, None
+
+        def describe() -> list[Halves | None]:
+            nonlocal found
+            found = self.parts(self, "now")
+            return [_both_halves(found, x)]
+
+        if attention_stays is None and context.plain:
+            together = _run_together(self, [self], x, describe, inside=True)
+            if together is not None:
+                return together
+        parts = found or self.parts(self, "now")
+        attention, mlp = parts["attention"], parts["mlp"]
+        fuse_attention = attention_stays is None and _fits(attention, x)
+        if fuse_attention and _fits(mlp, x):
             if options.recompute == "block" and torch.is_grad_enabled():
                 return checkpoint(_both, x, attention, mlp, options, context, use_reentrant=False)
             return _both(x, attention, mlp, options, context)
         if fuse_attention:
             return self.original_mlp(attend(x, attention, options, context))
-        return feed_forward(original_attention(x), mlp, options) if fuse_mlp else None
+        return feed_forward(original_attention(x), mlp, options) if _fits(mlp, x) else None
 
     def original_mlp(self, x: Tensor) -> Tensor:
         """x + the MLP branch, by the original modules."""
         raise NotImplementedError
+
+
+class Sequential(Fast, nn.Sequential):
+    """Fast blocks one after the other: at inference on CPUs in one call, otherwise as before."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if may_run(input) and holds_blocks(self):
+            blocks: list[Any] = list(self)
+            out = _run_together(self, blocks, input, lambda: [_both_halves(b.parts(b, "now"), input) for b in blocks])
+            if out is not None:
+                return out
+        return super().forward(input)
+
+
+def holds_blocks(module: nn.Sequential) -> bool:
+    """Whether ``module`` is made of fast blocks alone."""
+    return len(module) > 0 and all(isinstance(block, FastBlock) for block in module)
+
+
+def _run_together(
+    module: Fast, blocks: list[Any], x: Tensor, describe: Describe, *, inside: bool = False
+) -> Tensor | None:
+    """``BlockStack.run``; the stack is kept with ``module``, but in no copy and no file."""
+    if not ops.runs_unwatched(x) or len({block._vitfast for block in blocks}) != 1:
+        return None
+    stack: BlockStack = module.__dict__.setdefault(_STACK, BlockStack())
+    return stack.run(blocks, x, describe, blocks[0]._vitfast.backend, inside=inside)
+
+
+def _fits(half: AttentionHalf | MlpHalf | str, x: Tensor) -> bool:
+    """Whether a half can run fused and gives what the original gives for x in the same dtype."""
+    if isinstance(half, str):
+        return False
+    return keeps_dtype(x, (half.proj if isinstance(half, AttentionHalf) else half.fc2).weight, half.gamma)
+
+
+def _both_halves(parts: dict[str, Any], x: Tensor) -> Halves | None:
+    return (parts["attention"], parts["mlp"]) if all(_fits(half, x) for half in parts.values()) else None
 
 
 def _both(x: Tensor, attention: AttentionHalf, mlp: MlpHalf, options: Options, context: Context) -> Tensor:
@@ -205,7 +255,9 @@ __all__ = [
     "Fast",
     "FastBlock",
     "LayerNorm",
+    "Sequential",
     "fused_norm",
+    "holds_blocks",
     "masked",
     "norm_fits",
     "norm_parts",

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from vitfast import ops
-from vitfast.dropin.parts import AttentionHalf, Draw, Linear, MlpHalf, Norm, branch_dtype
+from vitfast.dropin.parts import branch_dtype
+from vitfast.layers.halves import AttentionHalf, Draw, Linear, MlpHalf, Norm
 from vitfast.ops.arguments import product_dtype
 from vitfast.ops.compose import activation_ref
 
@@ -36,10 +37,15 @@ class Context(NamedTuple):
     padding: Tensor | None = None
     rope: ops.Rope | None = None
 
+    @property
+    def plain(self) -> bool:
+        """Nothing beside its input."""
+        return all(entry is None for entry in self)
+
 
 def attend(x_BLD: Tensor, half: AttentionHalf, options: Options, context: Context) -> Tensor:
     """The attention half of a block, residual included, [B, L, D]."""
-    if not torch.is_grad_enabled() and _is_simple(half, context) and not _keep_apart(x_BLD, half):
+    if not torch.is_grad_enabled() and half.plain and context.plain and not _keep_apart(x_BLD, half):
         qkv = _joined(half.qkv)
         return ops.norm_attention(
             x_BLD,
@@ -106,12 +112,6 @@ def feed_forward(x_BLD: Tensor, half: MlpHalf, options: Options) -> Tensor:
     if half.gamma is not None:
         branch = branch * half.gamma
     return x_BLD + (branch if drop_path_B is None else branch * drop_path_B.to(branch.dtype).view(-1, 1, 1))
-
-
-def _is_simple(half: AttentionHalf, context: Context) -> bool:
-    """Whether the one-call attention half for inference computes all of it."""
-    extras = (half.q_norm, half.k_norm, half.out_norm, half.draw, *context)
-    return all(extra is None for extra in extras)
 
 
 def _keep_apart(x_BLD: Tensor, half: AttentionHalf) -> bool:

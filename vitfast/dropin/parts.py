@@ -8,65 +8,18 @@ A reason is a short text; None (or the parts themselves) means that nothing stan
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from vitfast.ops import HeadNorm
+from vitfast.layers.halves import AttentionHalf, Linear, MlpHalf, Norm
 from vitfast.ops.arguments import ACTIVATIONS, autocast_dtype, product_dtype
 
 # When the question is asked for: "now" as the modules' own training flags say, or for a mode that may come.
 Mode = Literal["now", "eval", "train"]
-# Draws one DropPath factor for each sample: (x [B, ...], dtype of the branch) -> [B].
-Draw = Callable[[Tensor, torch.dtype], Tensor]
-
-
-class Norm(NamedTuple):
-    """A LayerNorm over the last dimension."""
-
-    weight: Tensor
-    bias: Tensor
-    eps: float
-
-
-class Linear(NamedTuple):
-    """A dense layer."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-
-class AttentionHalf(NamedTuple):
-    """x + drop_path * gamma * proj(out_norm(attention(qkv(norm(x))))).
-
-    ``qkv`` holds one packed projection to 3 * H * E, or those of q, k and v.
-    """
-
-    norm: Norm
-    qkv: tuple[Linear, ...]
-    heads: int
-    scale: float
-    proj: Linear
-    q_norm: HeadNorm | None = None
-    k_norm: HeadNorm | None = None
-    out_norm: Norm | None = None
-    gamma: Tensor | None = None
-    draw: Draw | None = None
-
-
-class MlpHalf(NamedTuple):
-    """x + drop_path * gamma * fc2(inner_norm(activation(fc1(norm(x))))); a second fc1 is the one that a gate multiplies."""
-
-    norm: Norm
-    fc1: tuple[Linear, ...]
-    activation: str
-    fc2: Linear
-    inner_norm: Norm | None = None
-    gamma: Tensor | None = None
-    draw: Draw | None = None
 
 
 def assemble(kind: Callable[..., Any], **parts: Any) -> Any:

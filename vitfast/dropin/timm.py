@@ -17,12 +17,7 @@ from torch import Tensor, nn
 from vitfast.dropin import fast
 from vitfast.dropin.adapter import Adapter
 from vitfast.dropin.parts import (
-    AttentionHalf,
-    Draw,
-    Linear,
-    MlpHalf,
     Mode,
-    Norm,
     assemble,
     is_training,
     layer_norm,
@@ -34,6 +29,7 @@ from vitfast.dropin.parts import (
     why_not_call,
     why_not_identity,
 )
+from vitfast.layers.halves import AttentionHalf, Draw, Linear, MlpHalf, Norm
 from vitfast.ops import HeadNorm, Rope
 
 _LAYERS = timm.layers
@@ -197,7 +193,7 @@ class Block(fast.FastBlock, vision_transformer.Block):
         if not is_causal and may_run(x):
             context = fast.masked(attn_mask, x, self.attn.num_heads)
             if context is not None:
-                out = self.run_fused(x, self.parts(self, "now"), context, partial(self._attention, given=given))
+                out = self.run_fused(x, context, partial(self._attention, given=given))
                 if out is not None:
                     return out
         return super().forward(x, **given)
@@ -230,13 +226,10 @@ class EvaBlock(fast.FastBlock, eva.EvaBlock):
         if not is_causal and may_run(x):
             context = fast.masked(attn_mask, x, self.attn.num_heads)
             if context is not None:
-                parts = self.parts(self, "now")
                 turned = _rope(rope, self.attn, x)
-                if isinstance(turned, str):
-                    parts["attention"] = turned
-                else:
-                    context = context._replace(rope=turned)
-                out = self.run_fused(x, parts, context, partial(self._attention, given=given))
+                stays = turned if isinstance(turned, str) else None
+                context = context if isinstance(turned, str) else context._replace(rope=turned)
+                out = self.run_fused(x, context, partial(self._attention, given=given), stays)
                 if out is not None:
                     return out
         return super().forward(x, **given)

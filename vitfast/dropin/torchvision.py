@@ -12,9 +12,6 @@ from vitfast.dropin import fast
 from vitfast.dropin.adapter import Adapter
 from vitfast.dropin.fused import Context
 from vitfast.dropin.parts import (
-    AttentionHalf,
-    Linear,
-    MlpHalf,
     Mode,
     assemble,
     is_training,
@@ -25,6 +22,7 @@ from vitfast.dropin.parts import (
     why_hooked,
     why_not_call,
 )
+from vitfast.layers.halves import AttentionHalf, Linear, MlpHalf
 
 
 def attention_half(block: Any, mode: Mode) -> AttentionHalf | str:
@@ -78,7 +76,7 @@ class EncoderBlock(fast.FastBlock, vision_transformer.EncoderBlock):
 
     def forward(self, input: Tensor) -> Tensor:
         if may_run(input):
-            out = self.run_fused(input, self.parts(self, "now"), Context(), self._attention)
+            out = self.run_fused(input, Context(), self._attention)
             if out is not None:
                 return out
         return super().forward(input)

@@ -19,9 +19,6 @@ from vitfast.dropin import fast
 from vitfast.dropin.adapter import Adapter
 from vitfast.dropin.fused import Context
 from vitfast.dropin.parts import (
-    AttentionHalf,
-    Draw,
-    MlpHalf,
     Mode,
     assemble,
     has_hooks,
@@ -35,6 +32,7 @@ from vitfast.dropin.parts import (
     why_not_call,
     why_not_identity,
 )
+from vitfast.layers.halves import AttentionHalf, Draw, MlpHalf
 from vitfast.ops import Rope
 
 
@@ -184,8 +182,17 @@ def _why_not_attention(layout: Layout, attn: Any, kinds: tuple[type, ...]) -> st
         return f"{layout.attention} is {type(attn).__name__}"
     if "forward" in attn.__dict__ or (has_hooks(attn) and not _only_idle_recorders(attn)):
         return why_hooked(layout.attention, attn)
-    implementation = attn.config._attn_implementation or "eager"
+    return _why_not_implementation(attn)
+
+
+def _why_not_implementation(attn: Any) -> str | None:
+    """Somebody's own attention function; asked in every call, as ``set_attn_implementation`` changes no module."""
+    implementation = _implementation(attn) or "eager"
     return None if implementation in ATTENTIONS else f"attn_implementation is {implementation!r}"
+
+
+def _implementation(attn: Any) -> str | None:
+    return getattr(getattr(attn, "config", None), "_attn_implementation", None)
 
 
 def _only_idle_recorders(attn: nn.Module) -> bool:
@@ -253,16 +260,17 @@ class FastLayer(fast.FastBlock):
         if position_embeddings is not None:
             kwargs["position_embeddings"] = position_embeddings
         if may_run(hidden_states):
-            parts, context = self.parts(self, "now"), self._context(attention_mask, hidden_states)
+            context = self._context(attention_mask, hidden_states)
+            stays = _why_not_implementation(getattr(self, self.layout.attention))
             if any(value and name not in HARMLESS for name, value in _rest(kwargs)):
-                parts["attention"] = "a keyword that only the original knows"  # layers pass them to attention alone
+                stays = "a keyword that only the original knows"  # layers pass them to attention alone
             if context is not None:
                 if position_embeddings is not None and _table_fits(position_embeddings, hidden_states):
                     context = context._replace(rope=Rope(*position_embeddings))
                 elif position_embeddings is not None:
-                    parts["attention"] = "rope differs by sample, or is learned"
+                    stays = "rope differs by sample, or is learned"
                 given = {"attention_mask": attention_mask, **kwargs}
-                out = self.run_fused(hidden_states, parts, context, partial(self._attention, given=given))
+                out = self.run_fused(hidden_states, context, partial(self._attention, given=given), stays)
                 if out is not None:
                     return out
         return super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc]
@@ -270,7 +278,7 @@ class FastLayer(fast.FastBlock):
     def _context(self, mask: Any, x: Tensor) -> Context | None:
         """Masks are those of sdpa and eager; other implementations have their own kinds."""
         attn: Any = getattr(self, self.layout.attention)
-        implementation = getattr(getattr(attn, "config", None), "_attn_implementation", None)
+        implementation = _implementation(attn)
         if mask is not None and (implementation not in (None, "sdpa", "eager") or mask.dim() != 4):
             return None
         return fast.masked(mask, x, _heads(attn)) if isinstance(attn, nn.Module) and mask is not None else Context()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitfast import ops
+from vitfast.layers.halves import Linear
 from vitfast.layers.layer_norm import LayerNorm
 from vitfast.layers.tokens import FULL, Tokens
 from vitfast.layers.untouched import remember_parts, untouched
@@ -59,6 +60,10 @@ class Attention(nn.Module):
     def qkv_parameters(self) -> tuple[Tensor, Tensor | None]:
         """Weight [C, D] and bias [C] of the projection to q, k and v in one."""
         return self.qkv.weight, self.qkv.bias
+
+    def qkv_layers(self) -> tuple[Linear, ...]:
+        """The projection's parameters where they are: one layer, or those of q, k and v; empty where they are neither."""
+        return (Linear(self.qkv.weight, self.qkv.bias),)
 
     def project(self, x_BLD: Tensor) -> Tensor:
         """q, k and v [B, L, C] by calling the sub-modules, whatever they have become."""
@@ -170,6 +175,9 @@ class SplitBiasAttention(Attention):
     def qkv_parameters(self) -> tuple[Tensor, Tensor | None]:
         return self.qkv.weight, self._bias()
 
+    def qkv_layers(self) -> tuple[Linear, ...]:
+        return () if self.q_bias is not None else super().qkv_layers()
+
     def project(self, x_BLD: Tensor) -> Tensor:
         qkv, bias = self.qkv(x_BLD), self._bias()
         return qkv if bias is None else qkv + bias.to(qkv.dtype)
@@ -188,6 +196,9 @@ class SeparateAttention(Attention):
         if self.q_proj.bias is None:
             return weight, None
         return weight, torch.cat([self.q_proj.bias, torch.zeros_like(self.q_proj.bias), self.v_proj.bias])
+
+    def qkv_layers(self) -> tuple[Linear, ...]:
+        return tuple(Linear(layer.weight, layer.bias) for layer in (self.q_proj, self.k_proj, self.v_proj))
 
     def project(self, x_BLD: Tensor) -> Tensor:
         return torch.cat([self.q_proj(x_BLD), self.k_proj(x_BLD), self.v_proj(x_BLD)], -1)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vitfast import ops
 from vitfast.layers.attention import QKV_LAYOUTS
 from vitfast.layers.drop_path import DropPath
+from vitfast.layers.halves import AttentionHalf, Halves, Linear, MlpHalf, Norm
 from vitfast.layers.layer_norm import LayerNorm
 from vitfast.layers.layer_scale import LayerScale
 from vitfast.layers.mlp import Mlp, SwiGLU
@@ -143,6 +144,22 @@ class Block(nn.Module):
         out_B1D = attn.norm(attn.attend_first(q_B1D, kv_BLC, tokens))
         x_B1D = self._add(first_B1D, out_B1D, attn.proj, attn.proj_drop, 0, self.drop_path1, FULL)
         return self.add_mlp(x_B1D, FULL)
+
+    def halves(self) -> Halves | None:
+        """What ``BlockStack`` may compute in this block's place at inference, or None where its code has to run."""
+        attn, mlp, (scale1, scale2) = self.attn, self.mlp, self.scales()
+        qkv = attn.qkv_layers()
+        if type(self) not in BLOCKS.values() or self.training or self.precision != "float" or not qkv:
+            return None
+        between = (attn.q_norm, attn.k_norm, attn.norm, mlp.norm)
+        if not all(isinstance(part, nn.Identity) for part in between) or not untouched(self):
+            return None
+        norm1, norm2 = (Norm(norm.weight, norm.bias, norm.eps) for norm in (self.norm1, self.norm2))
+        proj, fc2 = (Linear(layer.weight, layer.bias) for layer in (attn.proj, mlp.fc2))
+        return (
+            AttentionHalf(norm1, qkv, attn.num_heads, attn.head_dim**-0.5, proj, gamma=scale1),
+            MlpHalf(norm2, mlp.hidden_layers(), mlp.activation, fc2, gamma=scale2),
+        )
 
     def gives_class_token(self, tokens: Tokens) -> bool:
         """Whether ``class_token`` is the same function: no masks, no dropout that draws for every token, nothing watches."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitfast import ops
+from vitfast.layers.halves import Linear
 from vitfast.layers.layer_norm import LayerNorm
 from vitfast.layers.untouched import remember_parts, untouched
 from vitfast.ops.compose import activation_ref
@@ -49,6 +50,10 @@ class Mlp(nn.Module):
         """Weight and bias of the first product in one: [F, D] and [F], gated [2 F, D] and [2 F]."""
         return self.fc1.weight, self.fc1.bias
 
+    def hidden_layers(self) -> tuple[Linear, ...]:
+        """The first product's parameters where they are: one layer, or the gate's and the value's."""
+        return (Linear(self.fc1.weight, self.fc1.bias),)
+
     def project(self, x: Tensor) -> Tensor:
         """The first product by calling the sub-modules, whatever they have become."""
         return self.fc1(x)
@@ -87,6 +92,9 @@ class SwiGLU(Mlp):
 
     def hidden_parameters(self) -> tuple[Tensor, Tensor]:
         return torch.cat([self.fc1_g.weight, self.fc1_x.weight]), torch.cat([self.fc1_g.bias, self.fc1_x.bias])
+
+    def hidden_layers(self) -> tuple[Linear, ...]:
+        return tuple(Linear(layer.weight, layer.bias) for layer in (self.fc1_g, self.fc1_x))
 
     def project(self, x: Tensor) -> Tensor:
         return torch.cat([self.fc1_g(x), self.fc1_x(x)], -1)

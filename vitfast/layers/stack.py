@@ -2,47 +2,53 @@
 Python as long as their arithmetic takes the CPU at batch 1.
 
 What a call needs is collected once (``_Plan``) and asked at every call whether it is still true: the same modules with the
-same classes and parameters, no hooks, weights unchanged since they were packed. B images, L tokens, D width.
+same classes, attributes and parameters, no hooks, weights unchanged since they were packed. B images, L tokens, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vitfast.layers.attention import Attention
-from vitfast.layers.block import Block
-from vitfast.layers.mlp import Mlp
-from vitfast.layers.tokens import Tokens
-from vitfast.layers.untouched import untouched, watched
+from vitfast.layers.halves import AttentionHalf, Halves, Linear, MlpHalf, Norm
+from vitfast.layers.untouched import hooks_of, watched
 from vitfast.ops import runs_unwatched, weight_cache
-from vitfast.ops.arguments import POINTWISE, autocast_dtype
+from vitfast.ops.arguments import ACTIVATIONS, product_dtype
 from vitfast.ops.dispatch import choose
 from vitfast.ops.raw_cpu import CpuKernels
 
+Describe = Callable[[], Sequence[Halves | None]]  # what each block computes with, None where its own code has to run
+
 
 class BlockStack:
-    """Runs the blocks of a model in one call where that is possible; holds what it found out about them until it changes."""
+    """Runs blocks in one call where that is possible; holds what it found out about them until it changes."""
 
     def __init__(self) -> None:
         self._plan: _Plan | None = None
 
     def run(
-        self, blocks: list[nn.Module], x_BLD: Tensor, tokens: Tokens, backend: str, first_token: bool
+        self,
+        blocks: Sequence[nn.Module],
+        x_BLD: Tensor,
+        describe: Describe,
+        backend: str,
+        *,
+        first_token: bool = False,
+        inside: bool = False,
     ) -> Tensor | None:
         """What ``blocks`` make of x, or None where they have to be called one by one.
 
+        describe: asked when something has changed.
         first_token: [B, 1, D], the first token alone.
+        inside: the one block is being called, so that its own hooks run anyhow.
         """
-        if torch.is_grad_enabled() or not blocks or not tokens.plain or not runs_unwatched(x_BLD):
+        if x_BLD.device.type != "cpu" or not blocks or not runs_unwatched(x_BLD):
             return None
-        if x_BLD.device.type != "cpu" or autocast_dtype(x_BLD) is not None:
-            return None
-        if self._plan is None or not self._plan.fits(blocks):
-            self._plan = _Plan.of(blocks, x_BLD, backend)
+        if self._plan is None or not self._plan.fits(blocks, x_BLD):
+            self._plan = _Plan.of(blocks, x_BLD, describe, backend, inside)
         return None if self._plan is None else self._plan.run(x_BLD, first_token)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BlockStack:
@@ -52,85 +58,154 @@ class BlockStack:
         return BlockStack, ()
 
 
+class _NotKept(Exception):
+    """A copy of a weight would have to be made at every call."""
+
+
 class _Plan:
-    def __init__(self, blocks: list[Any], kernels: CpuKernels) -> None:
+    def __init__(
+        self,
+        kernels: CpuKernels,
+        blocks: Sequence[nn.Module],
+        halves: Sequence[Halves],
+        x_BLD: Tensor,
+        dtype: torch.dtype,
+        inside: bool,
+    ) -> None:
         self.kernels = kernels
-        self.blocks = blocks
-        self.modules = [(module, type(module)) for block in blocks for module in block.modules()]
-        tables = [table for module, _ in self.modules for table in (module._modules, module._parameters)]
-        self.entries = [(table, name, value) for table in tables for name, value in table.items()]
+        self.dtype = dtype  # of the products
+        self.x_dtype = x_BLD.dtype
+        self.weight = halves[0][0].proj.weight
+        self.modules = _Modules(blocks, inside)
         self.generation = weight_cache.generation()
-        self.panels: list[tuple[Tensor, weight_cache.Kept]] = []
-        self.dtypes = [(p, p.dtype) for block in blocks for p in block.parameters()]
-        nothing = torch.empty(0)
-        parameters = [part for block in blocks for part in self._parameters(block)]
-        self.parameters = [nothing if part is None else part.detach() for part in parameters]
-        self.addresses = [p.data_ptr() for p, _ in self.dtypes]
-        first = blocks[0]
-        self.attributes = first.attn.num_heads, first.attn.head_dim**-0.5, first.norm1.eps, first.mlp.activation
+        self.kept: list[tuple[tuple[Tensor, ...], weight_cache.Kept]] = []
+        self.parameters = [p.detach() for pair in halves for p in self._parameters(*pair)]
+        attention, mlp = halves[0]
+        self.options = attention.heads, attention.scale, attention.norm.eps, mlp.activation
 
     @classmethod
-    def of(cls, blocks: list[nn.Module], x_BLD: Tensor, backend: str) -> _Plan | None:
+    def of(
+        cls, blocks: Sequence[nn.Module], x_BLD: Tensor, describe: Describe, backend: str, inside: bool
+    ) -> _Plan | None:
         """A plan for these blocks, or None where they are not all plain and alike or no backend has the call."""
-        if not all(type(block) is Block and not watched(block) and _plain(block) for block in blocks):
+        described = describe()
+        halves = [pair for pair in described if pair is not None and _is_plain(pair)]
+        if len(halves) < len(described) or len({_alike(*pair) for pair in halves}) != 1:
             return None
-        if len({_attributes(block) for block in blocks}) != 1:
+        dtype = product_dtype(x_BLD, halves[0][0].proj.weight)
+        if x_BLD.dtype not in (dtype, torch.float32):
             return None
-        dtype = next(blocks[0].attn.parameters()).dtype  # type: ignore[union-attr, operator]
         kernels = choose("norm_attention", x_BLD, backend, dtype)
-        return cls(blocks, kernels) if isinstance(kernels, CpuKernels) and dtype in kernels.own_dtypes else None
-
-    def _parameters(self, block: Any) -> Iterable[Tensor | None]:
-        attn, mlp, (scale1, scale2) = block.attn, block.mlp, block.scales()
-        yield from (block.norm1.weight, block.norm1.bias)
-        yield from (attn.qkv.weight, self._packed(attn.qkv.weight), attn.qkv.bias)
-        yield from (attn.proj.weight, self._packed(attn.proj.weight), attn.proj.bias, scale1)
-        yield from (block.norm2.weight, block.norm2.bias)
-        yield from (mlp.fc1.weight, self._packed(mlp.fc1.weight), mlp.fc1.bias)
-        yield from (mlp.fc2.weight, self._packed(mlp.fc2.weight), mlp.fc2.bias, scale2)
-
-    def _packed(self, weight: Tensor) -> Tensor | None:
-        panels = self.kernels.panels(weight)
-        if panels is None:
+        if not isinstance(kernels, CpuKernels) or dtype not in kernels.own_dtypes:
             return None
-        self.panels.append((weight, panels))
-        return panels.value
+        try:
+            plan = cls(kernels, blocks, halves, x_BLD, dtype, inside)
+        except _NotKept:
+            return None
+        return plan if plan.fits(blocks, x_BLD) else None
 
-    def fits(self, blocks: list[nn.Module]) -> bool:
+    def _parameters(self, attention: AttentionHalf, mlp: MlpHalf) -> Iterator[Tensor]:
+        """Of one block, in the order of csrc/cpu/halves.cpp; empty tensors for what is not there."""
+        yield from (attention.norm.weight, attention.norm.bias, *self._linear(attention.qkv))
+        yield from (*self._linear((attention.proj,)), _or_nothing(attention.gamma))
+        yield from (mlp.norm.weight, mlp.norm.bias, *self._linear(mlp.fc1))
+        yield from (*self._linear((mlp.fc2,)), _or_nothing(mlp.gamma))
+
+    def _linear(self, layers: Sequence[Linear]) -> tuple[Tensor, Tensor, Tensor]:
+        """Weight, its panels and bias of the layers as one, in the products' dtype."""
+        weights, biases = tuple(layer.weight for layer in layers), tuple(layer.bias for layer in layers)
+        if len(layers) == 1 and weights[0].dtype == self.dtype:
+            panels = self.kernels.panels(weights[0])
+            if panels is not None:
+                self.kept.append((weights, panels))
+            return weights[0], _or_nothing(None if panels is None else panels.value), _or_nothing(biases[0])
+        weight, packed = self._keep(weights, self.kernels.joined_weight(weights, self.dtype))
+        there = tuple(bias for bias in biases if bias is not None)
+        if not there:
+            return weight, packed, _or_nothing(None)
+        sizes = tuple(map(len, weights))
+        return weight, packed, self._keep(there, self.kernels.joined_bias(biases, sizes, self.dtype))
+
+    def _keep(self, sources: tuple[Tensor, ...], entry: weight_cache.Kept | None) -> Any:
+        if entry is None:
+            raise _NotKept
+        self.kept.append((sources, entry))
+        return entry.value
+
+    def fits(self, blocks: Sequence[nn.Module], x_BLD: Tensor) -> bool:
         """Whether nothing has changed that the plan was made from."""
         return (
-            len(blocks) == len(self.blocks)
-            and all(ours is theirs for ours, theirs in zip(self.blocks, blocks, strict=True))
-            and all(table.get(name) is value for table, name, value in self.entries)
-            and not any(type(module) is not kind or watched(module) for module, kind in self.modules)
-            and [p.data_ptr() for p, _ in self.dtypes] == self.addresses
-            and all(p.dtype is dtype for p, dtype in self.dtypes)
-            and not any(block.training or block.precision != "float" for block in self.blocks)
+            x_BLD.dtype == self.x_dtype
+            and product_dtype(x_BLD, self.weight) == self.dtype
+            and self.modules.are_still(blocks)
             and self.generation == weight_cache.generation()
-            and all(panels.fits(weight) for weight, panels in self.panels)
+            and all(entry.fits(*sources) for sources, entry in self.kept)
         )
 
     def run(self, x_BLD: Tensor, first_token: bool) -> Tensor:
-        return self.kernels.blocks(x_BLD.contiguous(), self.parameters, *self.attributes, first_token)
+        return self.kernels.blocks(x_BLD.contiguous(), self.parameters, *self.options, first_token)
 
 
-def _attributes(block: Any) -> tuple[Any, ...]:
-    attn = block.attn
-    dtypes = {p.dtype for p in (attn.qkv.weight, attn.proj.weight, block.mlp.fc1.weight, block.mlp.fc2.weight)}
-    return attn.num_heads, attn.head_dim, block.norm1.eps, block.norm2.eps, block.mlp.activation, *dtypes
+class _Modules:
+    """Blocks with all their parts, as they were. Compared as whole lists: one by one would take as long as a block."""
+
+    def __init__(self, blocks: Sequence[nn.Module], inside: bool) -> None:
+        self.blocks = list(blocks)
+        self.modules = [module for block in blocks for module in block.modules()]
+        self.kinds = [type(module) for module in self.modules]
+        self.attributes = [dict(module.__dict__) for module in self.modules]
+        self.tables = [module._modules for module in self.modules]
+        self.children = [dict(table) for table in self.tables]
+        self.entries = [(m._parameters, name, p) for m in self.modules for name, p in m._parameters.items()]
+        self.parameters = [p for _, _, p in self.entries if p is not None]
+        self.places = [(p.data_ptr(), p.dtype) for p in self.parameters]
+        quiet = [module for module in self.modules if not (inside and module in self.blocks)]
+        self.hooks = [hooks for module in quiet for hooks in hooks_of(module)]
+        self.watched = any(map(watched, quiet))
+
+    def are_still(self, blocks: Sequence[nn.Module]) -> bool:
+        """Whether these are the same, and unwatched."""
+        try:
+            return (
+                not self.watched
+                and list(blocks) == self.blocks
+                and [type(module) for module in self.modules] == self.kinds
+                and [module.__dict__ for module in self.modules] == self.attributes
+                and self.tables == self.children
+                and not any(self.hooks)
+                and all(table.get(name) is p for table, name, p in self.entries)
+                and [(p.data_ptr(), p.dtype) for p in self.parameters] == self.places
+            )
+        except (RuntimeError, ValueError):  # an attribute is another tensor or array now, and has no one truth
+            return False
 
 
-def _plain(block: Any) -> bool:
-    """Nothing in it but what the call computes, and parameters it can read where they are."""
-    if type(block.attn) is not Attention or type(block.mlp) is not Mlp or not untouched(block):
-        return False
-    if block.training or block.precision != "float" or block.norm1.eps != block.norm2.eps:
-        return False
-    between = (block.attn.q_norm, block.attn.k_norm, block.attn.norm, block.mlp.norm)
-    weights = [p for p in block.parameters() if p.dim() == 2]
+def _alike(attention: AttentionHalf, mlp: MlpHalf) -> tuple[Any, ...]:
+    """What all blocks have to have in common."""
+    weights = [layer.weight for layer in (*attention.qkv, attention.proj, *mlp.fc1, mlp.fc2)]
     return (
-        all(isinstance(part, nn.Identity) for part in between)
-        and block.mlp.activation in POINTWISE
-        and all(p.is_contiguous() for p in block.parameters())
-        and all(p.dtype == weights[0].dtype for p in weights)
+        attention.heads,
+        attention.scale,
+        attention.norm.eps,
+        mlp.norm.eps,
+        mlp.activation,
+        *{w.dtype for w in weights},
     )
+
+
+def _is_plain(halves: Halves) -> bool:
+    """Nothing but what the call computes, and parameters it can read where they are."""
+    attention, mlp = halves
+    layers: list[Norm | Linear] = [attention.norm, *attention.qkv, attention.proj, mlp.norm, *mlp.fc1, mlp.fc2]
+    tensors = [attention.gamma, mlp.gamma, *(t for layer in layers for t in (layer.weight, layer.bias))]
+    return (
+        attention.plain
+        and mlp.plain
+        and attention.norm.eps == mlp.norm.eps
+        and mlp.activation in ACTIVATIONS
+        and all(t is None or (type(t) is nn.Parameter and t.is_contiguous()) for t in tensors)
+    )
+
+
+def _or_nothing(x: Tensor | None) -> Tensor:
+    return torch.empty(0) if x is None else x

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -32,13 +34,14 @@ def untouched(module: nn.Module) -> bool:
 
 def watched(part: nn.Module) -> bool:
     """Whether someone looks at what goes into this module or comes out of it."""
-    return bool(
-        part._forward_hooks
-        or part._forward_pre_hooks
-        or part._backward_hooks
-        or part._backward_pre_hooks
-        or "forward" in part.__dict__  # an instance's own forward, as offloading libraries set it
-    )
+    return (
+        any(hooks_of(part)) or "forward" in part.__dict__
+    )  # an instance's own forward, as offloading libraries set it
+
+
+def hooks_of(part: nn.Module) -> tuple[dict[int, Any], ...]:
+    """The tables of everything that runs around a module's own code."""
+    return part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks
 
 
 def _wrapped(weight: Tensor) -> bool:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitfast.layers.attention_pool import AttentionPoolLatent
-from vitfast.layers.block import BLOCKS
+from vitfast.layers.block import BLOCKS, Block
 from vitfast.layers.drop_path import drop_path_rates
+from vitfast.layers.halves import Halves
 from vitfast.layers.layer_norm import LayerNorm
 from vitfast.layers.patch_dropout import PatchDropout
 from vitfast.layers.patch_embed import PatchEmbed
@@ -165,10 +167,10 @@ class VisionTransformer(nn.Module):
         x_BLD, tokens = self.start(images_BCHW, attn_mask, key_padding_mask)
         blocks: list[Any] = list(self.blocks)
         enough = for_head and bool(blocks) and self._class_token_is_enough(blocks[-1], tokens)
-        backend = self.config.backend
-        together = None if watched(self.blocks) else self._stack.run(blocks, x_BLD, tokens, backend, enough)
-        if together is not None:
-            return self.norm(together), tokens
+        if tokens.plain and not watched(self.blocks):
+            together = self._stack.run(blocks, x_BLD, partial(_halves, blocks), self.config.backend, first_token=enough)
+            if together is not None:
+                return self.norm(together), tokens
         for i, block in enumerate(blocks):
             last = enough and i == len(blocks) - 1
             x_BLD, tokens = self.run_block(i, block.class_token if last else block, x_BLD, tokens)
@@ -309,6 +311,10 @@ def _blocks(config: ViTConfig) -> Iterator[nn.Module]:
         options |= {"merge": config.token_merging, "prefix": config.num_prefix_tokens}
     for drop_path in drop_path_rates(config.drop_path_rate, config.depth):
         yield kind(config.embed_dim, config.num_heads, config.mlp_hidden, drop_path=drop_path, **options)
+
+
+def _halves(blocks: Sequence[nn.Module]) -> list[Halves | None]:
+    return [block.halves() if isinstance(block, Block) else None for block in blocks]
 
 
 def _rotary_embedding(config: ViTConfig) -> RotaryEmbedding | None:

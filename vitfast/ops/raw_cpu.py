@@ -182,10 +182,37 @@ class CpuKernels(RawKernels):
         """A contiguous weight packed for our products, as kept from an earlier call or from now on; None: not ours, or not kept."""
         if weight.dtype not in self.own_dtypes:
             return None
-        size = (
-            6 if self.has_tiles and weight.dtype == torch.float32 else weight.element_size()
-        )  # fp32 as three bf16 parts
-        return kept(weight, "panels", self.functions.pack_linear_weight, weight.numel() * size)
+        nbytes = weight.numel() * self._packed_size(weight.dtype)
+        return kept((weight,), "panels", self.functions.pack_linear_weight, nbytes)
+
+    def joined_weight(self, weights: tuple[Tensor, ...], dtype: torch.dtype) -> Kept | None:
+        """Weights [O, I] below one another in ``dtype``, and that packed; None where it would not be kept."""
+
+        def make(*parts: Tensor) -> tuple[Tensor, Tensor]:
+            weight = torch.cat([part.to(dtype) for part in parts])
+            return weight, self.functions.pack_linear_weight(weight)
+
+        nbytes = sum(weight.numel() for weight in weights) * (dtype.itemsize + self._packed_size(dtype))
+        return kept(weights, ("joined", dtype), make, nbytes)
+
+    def joined_bias(self, biases: tuple[Tensor | None, ...], sizes: tuple[int, ...], dtype: torch.dtype) -> Kept | None:
+        """Biases of ``sizes`` behind one another in ``dtype``, zeros for None; at least one is there."""
+        there = tuple(bias is not None for bias in biases)
+
+        def make(*given: Tensor) -> Tensor:
+            left = iter(given)
+            parts = [
+                next(left).to(dtype) if is_there else torch.zeros(size, dtype=dtype)
+                for is_there, size in zip(there, sizes, strict=True)
+            ]
+            return torch.cat(parts)
+
+        given = tuple(bias for bias in biases if bias is not None)
+        return kept(given, ("joined", dtype, there, sizes), make, sum(sizes) * dtype.itemsize)
+
+    def _packed_size(self, dtype: torch.dtype) -> int:
+        """Bytes of a weight's number in its panels: fp32 goes to tiles as three parts in bf16."""
+        return 6 if self.has_tiles and dtype == torch.float32 else dtype.itemsize
 
     def _product(self, x: Tensor, weight: Tensor, panels: Tensor | None, bias: Tensor | None) -> Tensor:
         out = x.new_empty(x.shape[0], weight.shape[0])

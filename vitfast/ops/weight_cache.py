@@ -27,22 +27,34 @@ Value = TypeVar("Value")
 _SAMPLES = 8  # words of 64 bits, evenly spread
 
 
+class _Source:
+    """A weight as it was when a value was made from it."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.storage = weakref.ref(weight.untyped_storage())
+        self.dtype = weight.dtype
+        self.version = weight._version
+        self.address = weight.data_ptr()
+        self.words = _words(weight)  # in the weight's own memory
+        self.seen = [word.value for word in self.words]
+
+    def fits(self, weight: Tensor) -> bool:
+        """Whether the weight is still the same."""
+        same_place = self.version == weight._version and self.address == weight.data_ptr()
+        return same_place and self.dtype == weight.dtype and [word.value for word in self.words] == self.seen
+
+
 @dataclass(frozen=True)
 class Kept:
-    """A value, and what its weight was when it was made."""
+    """A value, and what its weights were when it was made."""
 
     value: Any
     nbytes: int
-    dtype: torch.dtype
-    version: int
-    address: int
-    words: tuple[ctypes.c_uint64, ...]  # in the weight's own memory
-    seen: list[int]  # what they were when the value was made
+    sources: tuple[_Source, ...]
 
-    def fits(self, weight: Tensor) -> bool:
-        """Whether the weight is still what the value was made from."""
-        same_place = self.version == weight._version and self.address == weight.data_ptr()
-        return same_place and self.dtype == weight.dtype and [word.value for word in self.words] == self.seen
+    def fits(self, *weights: Tensor) -> bool:
+        """Whether the weights are still what the value was made from."""
+        return all(source.fits(weight) for source, weight in zip(self.sources, weights, strict=True))
 
 
 _lock = threading.RLock()
@@ -70,19 +82,19 @@ def derived(weight: Tensor, kind: Hashable, make: Callable[[Tensor], Value]) -> 
     """
     if not _may_keep(weight):
         return make(weight)
-    entry, _ = _find_or_make(weight, kind, make)
+    entry, _ = _find_or_make((weight,), kind, make)
     return entry.value
 
 
-def kept(weight: Tensor, kind: Hashable, make: Callable[[Tensor], Any], nbytes: int) -> Kept | None:
-    """As ``derived``, for callers that can do without the value: None where it would not be kept.
+def kept(weights: tuple[Tensor, ...], kind: Hashable, make: Callable[..., Any], nbytes: int) -> Kept | None:
+    """As ``derived``, of several weights, for callers that can do without the value: None where it would not be kept.
 
     nbytes: of the value, so that it is not made in vain where it does not fit under the limit. The entry is good as long as it
-    ``fits`` the weight and ``generation()`` stays the same.
+    ``fits`` the weights and ``generation()`` stays the same.
     """
-    if not _may_keep(weight) or (_limit is not None and nbytes > _limit):
+    if not all(map(_may_keep, weights)) or (_limit is not None and nbytes > _limit):
         return None
-    entry, stays = _find_or_make(weight, kind, make)
+    entry, stays = _find_or_make(weights, kind, make)
     return entry if stays else None
 
 
@@ -91,24 +103,29 @@ def _may_keep(weight: Tensor) -> bool:
     return not wanted and _limit != 0 and _can_keep(weight)
 
 
-def _find_or_make(weight: Tensor, kind: Hashable, make: Callable[[Tensor], Any]) -> tuple[Kept, bool]:
-    """The entry, and whether it is kept from now on."""
-    storage = weight.untyped_storage()
-    key = (kind, weight.dtype, weight.shape, weight.stride(), weight.storage_offset())
-    of_storage = _entries.get(storage)
+def _find_or_make(weights: tuple[Tensor, ...], kind: Hashable, make: Callable[..., Any]) -> tuple[Kept, bool]:
+    """The entry, and whether it is kept from now on: with the first weight's storage."""
+    storages = [weight.untyped_storage() for weight in weights]
+    key = (kind, *((w.dtype, w.shape, w.stride(), w.storage_offset()) for w in weights))
+
+    def fits(entry: Kept) -> bool:
+        same = all(source.storage() is storage for source, storage in zip(entry.sources, storages, strict=True))
+        return same and entry.fits(*weights)
+
+    of_storage = _entries.get(storages[0])
     entry = None if of_storage is None else of_storage.get(key)
-    if entry is not None and entry.fits(weight):
+    if entry is not None and fits(entry):
         return entry, True
     with _lock:  # one thread makes it, the others wait for it
-        of_storage = _entries.get(storage, {})
+        of_storage = _entries.get(storages[0], {})
         entry = of_storage.pop(key, None)
-        if entry is None or not entry.fits(weight):
+        if entry is None or not fits(entry):
             del entry  # the old value, before the new one needs room
-            entry = _make_entry(weight, make)
-        shared = any(t.untyped_storage() is storage for t in _tensors(entry.value))
+            entry = _make_entry(weights, make)
+        shared = any(t.untyped_storage() is storage for t in _tensors(entry.value) for storage in storages)
         stays = not shared and (_limit is None or size_bytes() + entry.nbytes <= _limit)
         if stays:
-            _entries.setdefault(storage, {})[key] = entry
+            _entries.setdefault(storages[0], {})[key] = entry
         return entry, stays
 
 
@@ -165,13 +182,11 @@ def _can_keep(weight: Tensor) -> bool:
     return not torch._C._functorch.is_functorch_wrapped_tensor(weight)
 
 
-def _make_entry(weight: Tensor, make: Callable[[Tensor], Any]) -> Kept:
-    version, address, words = weight._version, weight.data_ptr(), _words(weight)
-    seen = [word.value for word in words]  # before making: a change meanwhile shows at the next call
+def _make_entry(weights: tuple[Tensor, ...], make: Callable[..., Any]) -> Kept:
+    sources = tuple(map(_Source, weights))  # before making: a change meanwhile shows at the next call
     with torch.inference_mode(False), torch.no_grad():
-        value = make(weight.detach())
-    nbytes = sum(t.untyped_storage().nbytes() for t in _tensors(value))
-    return Kept(value, nbytes, weight.dtype, version, address, words, seen)
+        value = make(*(weight.detach() for weight in weights))
+    return Kept(value, sum(t.untyped_storage().nbytes() for t in _tensors(value)), sources)
 
 
 def _words(weight: Tensor) -> tuple[ctypes.c_uint64, ...]:
