@@ -54,7 +54,8 @@ STABLE_TORCH_LIBRARY(vitfast_C, m) {
         "Tensor? fc2_bias, Tensor? scale, Tensor(a!) out) -> ()");
     m.def(
         "blocks_forward(Tensor x, Tensor[] parameters, int heads, float scale, float eps, str activation, "
-        "Tensor cu_seqlens, int max_seqlen, bool first_token, Tensor(a!) out) -> ()");
+        "Tensor? cos, Tensor? sin, bool interleaved, Tensor cu_seqlens, int max_seqlen, bool first_token, Tensor(a!) "
+        "out) -> ()");
     m.def("multiply_add_rate(str dtype, float seconds) -> float");
     m.def("cpu_capability() -> str");
     m.def("set_cpu_capability(str capability) -> ()");

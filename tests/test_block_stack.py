@@ -20,6 +20,7 @@ from vitfast.ops.raw_cpu import CpuKernels
 pytest.importorskip("vitfast._C", reason="the extension is not built: python setup.py build_ext --inplace")
 
 DTYPES = [torch.float32, torch.bfloat16]
+NO_ROPE = (None, None, False)
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +84,8 @@ def test_same_bits_as_one_by_one(options: dict, dtype: torch.dtype, monkeypatch:
         {"embed_dim": 72, "num_heads": 3},  # q's rows end inside a panel of the packed weight
         {"embed_dim": 66, "num_heads": 3, "reg_tokens": 4},
         {"depth": 1},
+        {"rope_type": "cat", "rope_rotate_half": False},
+        {"rope_type": "dinov3", "rope_rotate_half": True, "reg_tokens": 4, "embed_dim": 120, "num_heads": 6},
     ],
 )
 def test_the_last_block_makes_the_class_token_alone(
@@ -174,9 +177,13 @@ def test_autocast_keeps_the_weights_in_its_dtype(options: dict, monkeypatch: pyt
         {"mlp_layer": "swiglu"},
         {"qkv_layout": "separate"},
         {"qkv_layout": "separate", "qkv_bias": False, "mlp_layer": "swiglu", "block": "eva"},
+        {"qkv_layout": "split_bias", "block": "eva", "init_values": 0.1},
+        {"rope_type": "cat", "rope_rotate_half": False},
+        {"rope_type": "dinov3", "rope_rotate_half": True, "reg_tokens": 4, "embed_dim": 192, "num_heads": 6},
+        {"rope_type": "dinov3", "rope_rotate_half": True, "embed_dim": 120, "num_heads": 6},
     ],
 )
-def test_gates_and_separate_projections(options: dict, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gates_projections_and_rotations(options: dict, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = small(**options).to(dtype), images(dtype)
     seen = calls(monkeypatch)
     with torch.no_grad():
@@ -188,7 +195,7 @@ def test_gates_and_separate_projections(options: dict, dtype: torch.dtype, monke
             assert not torch.equal(second, first)
             assert torch.equal(second, one_by_one(model.forward_features, x, monkeypatch))
             first = second
-    assert all(seen)
+    assert seen and all(seen)
 
 
 WRITES: dict[str, Callable[[nn.Module], object]] = {
@@ -272,7 +279,7 @@ def test_wrong_number_of_parameters() -> None:
     x = torch.zeros(3, 8)
     with pytest.raises(RuntimeError, match="parameters has 2 tensors; needed: 18 for each block"):
         torch.ops.vitfast_C.blocks_forward(
-            x, [x, x], 1, 1.0, 1e-6, "gelu", torch.tensor([0, 3], dtype=torch.int32), 3, False, torch.empty_like(x)
+            x, [x, x], 1, 1.0, 1e-6, "gelu", *NO_ROPE, torch.tensor([0, 3], dtype=torch.int32), 3, False, x.clone()
         )
 
 
@@ -280,8 +287,8 @@ def test_first_token_needs_images_of_one_length() -> None:
     x, nothing = torch.zeros(5, 8), torch.zeros(0)
     starts = torch.tensor([0, 3, 5], dtype=torch.int32)
     with pytest.raises(RuntimeError, match="x has 5 rows, cu_seqlens 2 images, max_seqlen is 3"):
-        torch.ops.vitfast_C.blocks_forward(x, [nothing] * 18, 1, 1.0, 1e-6, "gelu", starts, 3, True, torch.empty(2, 8))
+        torch.ops.vitfast_C.blocks_forward(x, [nothing] * 18, 1, 1.0, 1e-6, "gelu", *NO_ROPE, starts, 3, True, torch.empty(2, 8))
     with pytest.raises(RuntimeError, match="qkv_weight has shape"):
         torch.ops.vitfast_C.blocks_forward(
-            x[:4], [nothing] * 18, 1, 1.0, 1e-6, "gelu", starts.clamp(max=4)[[0, 0, 2]], 2, True, torch.empty(2, 8)
+            x[:4], [nothing] * 18, 1, 1.0, 1e-6, "gelu", *NO_ROPE, starts.clamp(max=4)[[0, 0, 2]], 2, True, torch.empty(2, 8)
         )

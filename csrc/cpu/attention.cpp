@@ -16,7 +16,9 @@ AttentionShape check_attention(const Tensor& qkv, const OptionalTensor& bias, co
                                const Tensor& cu_seqlens, int64_t max_seqlen) {
     check("qkv", qkv, Device::kCpu, {ScalarType::Float, ScalarType::BFloat16}, {-1, 3, -1, -1});
     AttentionShape shape{qkv.size(0), qkv.size(2), qkv.size(3), 0, {}};
-    if (shape.head_dim < 1 || shape.head_dim > 256) fail("qkv has head dim ", shape.head_dim, "; allowed: 1 to 256");
+    if (shape.head_dim < 1 || shape.head_dim > kMostHeadDim) {
+        fail("qkv has head dim ", shape.head_dim, "; allowed: 1 to ", kMostHeadDim);
+    }
     check("cu_seqlens", cu_seqlens, Device::kCpu, {ScalarType::Int}, {-1});
     const int64_t sequences = cu_seqlens.numel() - 1;
     if (sequences < 0) fail("cu_seqlens is empty; it needs the number of sequences plus 1 elements");

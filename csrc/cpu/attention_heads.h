@@ -9,6 +9,8 @@
 // tokens.
 namespace vitfast {
 
+constexpr int64_t kMostHeadDim = 256;
+
 enum class HeadNormKind { kNone, kLayerNorm, kRmsNorm };
 
 struct HeadNorm {

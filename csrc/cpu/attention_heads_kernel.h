@@ -1,8 +1,6 @@
 // Head norm and rotary embedding of rows of q or k, and the way back for their gradient. Included by
 // attention_*_kernel.h. Rows are worked on as fp32, in a buffer that is a multiple of a vector wider than E.
 
-constexpr int64_t kMostHeadDim = 256;
-
 // Which elements form pair i, and where the tables have its angle for either of them.
 struct PairIndex {
     int64_t first, second, first_angle, second_angle;

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "attention_heads.h"
 #include "check.h"
 #include "isa.h"
 
@@ -9,8 +10,9 @@ namespace vitfast {
 
 template <class Y>
 struct FirstToken {
-    const Y *q, *kv;  // [B, H, E] and [B, L, 2, H, E]
-    Y* out;           // [B, H, E]
+    const Y *q, *kv;    // [B, H, E] and [B, L, 2, H, E]
+    HeadOptions turns;  // of the keys: fewer than L
+    Y* out;             // [B, H, E]
     float scale;
     int64_t images, length, heads, head_dim;
 };

@@ -87,17 +87,25 @@ void norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps,
 
 int64_t head_dim_of(const Tensor& qkv_weight, int64_t heads) {
     const int64_t outputs = qkv_weight.dim() == 2 ? qkv_weight.size(0) : 0;
-    if (heads < 1 || outputs == 0 || outputs % (3 * heads) != 0) {
-        fail("qkv_weight has shape ", show_shape(qkv_weight), "; needed: a multiple of 3 * ", heads, " (heads) rows");
+    if (heads < 1 || outputs == 0 || outputs % (3 * heads) != 0 || outputs > 3 * heads * kMostHeadDim) {
+        fail("qkv_weight has shape ", show_shape(qkv_weight), "; needed: a multiple of 3 * ", heads,
+             " (heads) rows, at most ", kMostHeadDim, " times");
     }
     return outputs / (3 * heads);
 }
 
+// Rotary tables of the last tokens of each sequence, or none (HeadOptions).
+struct Rotation {
+    OptionalTensor cos, sin;
+    bool interleaved = false;
+};
+
 // out[T, D] = x + proj_scale * (attention(norm(x) qkv_weight^T + qkv_bias) proj_weight^T + proj_bias)
-void norm_attention_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, double eps, Tensor qkv_weight,
-                            OptionalTensor qkv_packed, OptionalTensor qkv_bias, int64_t heads, double scale,
-                            Tensor cu_seqlens, int64_t max_seqlen, Tensor proj_weight, OptionalTensor proj_packed,
-                            OptionalTensor proj_bias, OptionalTensor proj_scale, Tensor out) {
+void norm_attention(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, double eps,
+                    const Tensor& qkv_weight, const OptionalTensor& qkv_packed, const OptionalTensor& qkv_bias,
+                    int64_t heads, double scale, const Rotation& rotation, const Tensor& cu_seqlens, int64_t max_seqlen,
+                    const Tensor& proj_weight, const OptionalTensor& proj_packed, const OptionalTensor& proj_bias,
+                    const OptionalTensor& proj_scale, const Tensor& out) {
     check("x", x, Device::kCpu, {kFloat, kBFloat16}, {-1, -1});
     const auto dtype = qkv_weight.scalar_type();
     const int64_t rows = x.size(0), head_dim = head_dim_of(qkv_weight, heads), outputs = 3 * heads * head_dim;
@@ -107,10 +115,19 @@ void norm_attention_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, doub
     norm(x, norm_weight, norm_bias, eps, *normed, normed.tiles());
     linear(*normed, qkv_weight, false, qkv_packed, qkv_bias, "none", {}, {}, {}, {},
            torch::stable::view(*qkv, {rows, outputs}), {normed.tiles(), nullptr});
-    attention_forward(*qkv, scale, {}, {}, {}, {}, false, "", "", {}, {}, {}, {}, 0.0, 0.0, cu_seqlens, max_seqlen,
-                      torch::stable::view(*attended, {rows, heads, head_dim}), *lse, attended.tiles() != nullptr);
+    attention_forward(*qkv, scale, {}, {}, rotation.cos, rotation.sin, rotation.interleaved, "", "", {}, {}, {}, {},
+                      0.0, 0.0, cu_seqlens, max_seqlen, torch::stable::view(*attended, {rows, heads, head_dim}), *lse,
+                      attended.tiles() != nullptr);
     linear(*attended, proj_weight, false, proj_packed, proj_bias, "none", x, proj_scale, {}, {}, out,
            {attended.tiles(), nullptr});
+}
+
+void norm_attention_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, double eps, Tensor qkv_weight,
+                            OptionalTensor qkv_packed, OptionalTensor qkv_bias, int64_t heads, double scale,
+                            Tensor cu_seqlens, int64_t max_seqlen, Tensor proj_weight, OptionalTensor proj_packed,
+                            OptionalTensor proj_bias, OptionalTensor proj_scale, Tensor out) {
+    norm_attention(x, norm_weight, norm_bias, eps, qkv_weight, qkv_packed, qkv_bias, heads, scale, {}, cu_seqlens,
+                   max_seqlen, proj_weight, proj_packed, proj_bias, proj_scale, out);
 }
 
 // out[T, D] = x + scale * (activation(norm(x) fc1_weight^T + fc1_bias) fc2_weight^T + fc2_bias)
@@ -187,7 +204,7 @@ void first_rows(const Tensor& from, int64_t length, const Temporary& to) {
 
 // out[B, D]: what a block makes of the first token of each image of L tokens. The others give keys and values alone.
 void first_token_forward(const Tensor& x, const BlockParameters& p, int64_t heads, double scale, double eps,
-                         const std::string& activation, int64_t length, const Tensor& out) {
+                         const std::string& activation, const Rotation& rotation, int64_t length, const Tensor& out) {
     const Tensor& weight = p.get(2);
     const auto dtype = weight.scalar_type();
     const int64_t head_dim = head_dim_of(weight, heads), C = heads * head_dim;
@@ -201,9 +218,15 @@ void first_token_forward(const Tensor& x, const BlockParameters& p, int64_t head
     const Rows of_q(weight, p.maybe(3), p.maybe(4), 0, C), of_kv(weight, p.maybe(3), p.maybe(4), C, 2 * C);
     linear(*first_normed, of_q.weight, false, of_q.packed, of_q.bias, "none", {}, {}, {}, {}, *q);
     linear(*normed, of_kv.weight, false, of_kv.packed, of_kv.bias, "none", {}, {}, {}, {}, *kv);
+    const HeadOptions turns = check_heads(
+        {rotation.cos, rotation.sin, rotation.interleaved, "", "", {}, {}, {}, {}, 0.0, 0.0}, rows, head_dim);
+    if (turns.rotated >= length) {
+        fail("first_token needs a first token that does not turn; cos has ", turns.rotated, " rows for ", length,
+             " tokens");
+    }
     const auto attend = [&](auto type) {
         using Y = decltype(type);
-        first_token_attention(FirstToken<Y>{data<Y>(*q), data<Y>(*kv), mutable_data<Y>(*attended),
+        first_token_attention(FirstToken<Y>{data<Y>(*q), data<Y>(*kv), turns, mutable_data<Y>(*attended),
                                             static_cast<float>(scale), images, length, heads, head_dim});
     };
     dtype == kFloat ? attend(float{}) : attend(bf16{});
@@ -216,7 +239,8 @@ void first_token_forward(const Tensor& x, const BlockParameters& p, int64_t head
 // packed, bias; fc2 weight, packed, bias, scale. out is [T, D], or, with first_token, [B, D]: the first of every L =
 // max_seqlen rows alone, and the last block makes no others.
 void blocks_forward(Tensor x, std::vector<Tensor> parameters, int64_t heads, double scale, double eps,
-                    std::string activation, Tensor cu_seqlens, int64_t max_seqlen, bool first_token, Tensor out) {
+                    std::string activation, OptionalTensor cos, OptionalTensor sin, bool interleaved, Tensor cu_seqlens,
+                    int64_t max_seqlen, bool first_token, Tensor out) {
     check("x", x, Device::kCpu, {kFloat, kBFloat16}, {-1, -1});
     const int64_t rows = x.size(0), width = x.size(1), images = cu_seqlens.numel() - 1;
     check("out", out, Device::kCpu, {x.scalar_type()}, {first_token ? images : rows, width});
@@ -230,15 +254,16 @@ void blocks_forward(Tensor x, std::vector<Tensor> parameters, int64_t heads, dou
     const size_t blocks = parameters.size() / BlockParameters::kCount, whole = blocks - first_token;
     const Temporary middle({rows, width}, x.scalar_type()), stream({first_token ? rows : 0, width}, x.scalar_type());
     const Tensor& made = first_token ? *stream : out;
+    const Rotation rotation{cos, sin, interleaved};
     for (size_t i = 0; i < whole; ++i) {
         const BlockParameters p{parameters.data() + i * BlockParameters::kCount};
-        norm_attention_forward(i == 0 ? x : made, p.get(0), p.get(1), eps, p.get(2), p.maybe(3), p.maybe(4), heads,
-                               scale, cu_seqlens, max_seqlen, p.get(5), p.maybe(6), p.maybe(7), p.maybe(8), *middle);
+        norm_attention(i == 0 ? x : made, p.get(0), p.get(1), eps, p.get(2), p.maybe(3), p.maybe(4), heads, scale,
+                       rotation, cu_seqlens, max_seqlen, p.get(5), p.maybe(6), p.maybe(7), p.maybe(8), *middle);
         block_mlp(*middle, p, eps, activation, made);
     }
     if (first_token) {
         const BlockParameters last{parameters.data() + whole * BlockParameters::kCount};
-        first_token_forward(whole == 0 ? x : made, last, heads, scale, eps, activation, max_seqlen, out);
+        first_token_forward(whole == 0 ? x : made, last, heads, scale, eps, activation, rotation, max_seqlen, out);
     }
 }
 

@@ -83,8 +83,8 @@ class FastBlock(Fast):
             found = self.parts(self, "now")
             return [_both_halves(found, x)]
 
-        if attention_stays is None and context.plain:
-            together = _run_together(self, [self], x, describe, inside=True)
+        if attention_stays is None and not context.masks:
+            together = _run_together(self, [self], x, describe, rope=context.rope, inside=True)
             if together is not None:
                 return together
         parts = found or self.parts(self, "now")
@@ -121,13 +121,19 @@ def holds_blocks(module: nn.Sequential) -> bool:
 
 
 def _run_together(
-    module: Fast, blocks: list[Any], x: Tensor, describe: Describe, *, inside: bool = False
+    module: Fast,
+    blocks: list[Any],
+    x: Tensor,
+    describe: Describe,
+    *,
+    rope: ops.Rope | None = None,
+    inside: bool = False,
 ) -> Tensor | None:
     """``BlockStack.run``; the stack is kept with ``module``, but in no copy and no file."""
     if not ops.runs_unwatched(x) or len({block._vitfast for block in blocks}) != 1:
         return None
     stack: BlockStack = module.__dict__.setdefault(_STACK, BlockStack())
-    return stack.run(blocks, x, describe, blocks[0]._vitfast.backend, inside=inside)
+    return stack.run(blocks, x, describe, blocks[0]._vitfast.backend, rope=rope, inside=inside)
 
 
 def _fits(half: AttentionHalf | MlpHalf | str, x: Tensor) -> bool:

@@ -38,14 +38,20 @@ class Context(NamedTuple):
     rope: ops.Rope | None = None
 
     @property
-    def plain(self) -> bool:
-        """Nothing beside its input."""
-        return all(entry is None for entry in self)
+    def masks(self) -> bool:
+        """Whether there is a bias or padding."""
+        return self.bias is not None or self.padding is not None
 
 
 def attend(x_BLD: Tensor, half: AttentionHalf, options: Options, context: Context) -> Tensor:
     """The attention half of a block, residual included, [B, L, D]."""
-    if not torch.is_grad_enabled() and half.plain and context.plain and not _keep_apart(x_BLD, half):
+    if (
+        not torch.is_grad_enabled()
+        and half.plain
+        and not context.masks
+        and context.rope is None
+        and not _keep_apart(x_BLD, half)
+    ):
         qkv = _joined(half.qkv)
         return ops.norm_attention(
             x_BLD,

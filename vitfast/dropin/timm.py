@@ -118,7 +118,8 @@ def _qkv(attn: Any) -> tuple[Linear | str, ...]:
     packed = linear("attn.qkv", attn.qkv)
     if not isinstance(packed, str) and getattr(attn, "q_bias", None) is not None:
         # EVA keeps biases beside the projection, and zeros for k
-        packed = Linear(packed.weight, torch.cat([attn.q_bias, attn.k_bias, attn.v_bias]))
+        biases = (attn.q_bias, attn.k_bias, attn.v_bias)
+        packed = Linear(packed.weight, torch.cat(biases), biases)
     return (packed,)
 
 

@@ -62,7 +62,7 @@ class Attention(nn.Module):
         return self.qkv.weight, self.qkv.bias
 
     def qkv_layers(self) -> tuple[Linear, ...]:
-        """The projection's parameters where they are: one layer, or those of q, k and v; empty where they are neither."""
+        """The projection's parameters where they are: one layer, or those of q, k and v."""
         return (Linear(self.qkv.weight, self.qkv.bias),)
 
     def project(self, x_BLD: Tensor) -> Tensor:
@@ -176,7 +176,8 @@ class SplitBiasAttention(Attention):
         return self.qkv.weight, self._bias()
 
     def qkv_layers(self) -> tuple[Linear, ...]:
-        return () if self.q_bias is not None else super().qkv_layers()
+        bias = self._bias()
+        return (Linear(self.qkv.weight, bias, () if bias is None else (self.q_bias, None, self.v_bias)),)
 
     def project(self, x_BLD: Tensor) -> Tensor:
         qkv, bias = self.qkv(x_BLD), self._bias()

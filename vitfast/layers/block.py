@@ -148,8 +148,7 @@ class Block(nn.Module):
     def halves(self) -> Halves | None:
         """What ``BlockStack`` may compute in this block's place at inference, or None where its code has to run."""
         attn, mlp, (scale1, scale2) = self.attn, self.mlp, self.scales()
-        qkv = attn.qkv_layers()
-        if type(self) not in BLOCKS.values() or self.training or self.precision != "float" or not qkv:
+        if type(self) not in BLOCKS.values() or self.training or self.precision != "float":
             return None
         between = (attn.q_norm, attn.k_norm, attn.norm, mlp.norm)
         if not all(isinstance(part, nn.Identity) for part in between) or not untouched(self):
@@ -157,15 +156,14 @@ class Block(nn.Module):
         norm1, norm2 = (Norm(norm.weight, norm.bias, norm.eps) for norm in (self.norm1, self.norm2))
         proj, fc2 = (Linear(layer.weight, layer.bias) for layer in (attn.proj, mlp.fc2))
         return (
-            AttentionHalf(norm1, qkv, attn.num_heads, attn.head_dim**-0.5, proj, gamma=scale1),
+            AttentionHalf(norm1, attn.qkv_layers(), attn.num_heads, attn.head_dim**-0.5, proj, gamma=scale1),
             MlpHalf(norm2, mlp.hidden_layers(), mlp.activation, fc2, gamma=scale2),
         )
 
     def gives_class_token(self, tokens: Tokens) -> bool:
         """Whether ``class_token`` is the same function: no masks, no dropout that draws for every token, nothing watches."""
-        bare = tokens._replace(rope=None).plain and (tokens.rope is None or tokens.rope.shared)
         draws = self.training and max(self.attn.attn_drop, self.attn.proj_drop, self.mlp.drop) > 0.0
-        return bare and not draws and untouched(self) and not watched(self)
+        return tokens.alike and not draws and untouched(self) and not watched(self)
 
     def add_attention(self, x_BLD: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
         """x + attention(norm1(x)), and q, k and v [B, L, C] where they passed through here."""

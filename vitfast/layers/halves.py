@@ -26,10 +26,14 @@ class Norm(NamedTuple):
 
 
 class Linear(NamedTuple):
-    """A dense layer."""
+    """A dense layer.
+
+    ``bias_parts`` is what a bias was joined from that no module holds, of equal sizes; None in it stands for zeros.
+    """
 
     weight: Tensor
     bias: Tensor | None
+    bias_parts: tuple[Tensor | None, ...] = ()
 
 
 class AttentionHalf(NamedTuple):

@@ -13,14 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitfast.layers.halves import AttentionHalf, Halves, Linear, MlpHalf, Norm
+from vitfast.layers.halves import AttentionHalf, Halves, Linear, MlpHalf
 from vitfast.layers.untouched import hooks_of, watched
-from vitfast.ops import runs_unwatched, weight_cache
+from vitfast.ops import Rope, runs_unwatched, weight_cache
 from vitfast.ops.arguments import ACTIVATIONS, product_dtype
 from vitfast.ops.dispatch import choose
 from vitfast.ops.raw_cpu import CpuKernels
 
 Describe = Callable[[], Sequence[Halves | None]]  # what each block computes with, None where its own code has to run
+
+
+_NOTHING = torch.empty(0)  # in the place of a parameter that is not there
 
 
 class BlockStack:
@@ -36,12 +39,14 @@ class BlockStack:
         describe: Describe,
         backend: str,
         *,
+        rope: Rope | None = None,
         first_token: bool = False,
         inside: bool = False,
     ) -> Tensor | None:
         """What ``blocks`` make of x, or None where they have to be called one by one.
 
         describe: asked when something has changed.
+        rope: rotations of the last tokens, the same for all images and heads.
         first_token: [B, 1, D], the first token alone.
         inside: the one block is being called, so that its own hooks run anyhow.
         """
@@ -49,7 +54,7 @@ class BlockStack:
             return None
         if self._plan is None or not self._plan.fits(blocks, x_BLD):
             self._plan = _Plan.of(blocks, x_BLD, describe, backend, inside)
-        return None if self._plan is None else self._plan.run(x_BLD, first_token)
+        return None if self._plan is None else self._plan.run(x_BLD, rope, first_token)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BlockStack:
         return BlockStack()
@@ -107,24 +112,32 @@ class _Plan:
     def _parameters(self, attention: AttentionHalf, mlp: MlpHalf) -> Iterator[Tensor]:
         """Of one block, in the order of csrc/cpu/halves.cpp; empty tensors for what is not there."""
         yield from (attention.norm.weight, attention.norm.bias, *self._linear(attention.qkv))
-        yield from (*self._linear((attention.proj,)), _or_nothing(attention.gamma))
+        yield from (*self._linear((attention.proj,)), _NOTHING if attention.gamma is None else attention.gamma)
         yield from (mlp.norm.weight, mlp.norm.bias, *self._linear(mlp.fc1))
-        yield from (*self._linear((mlp.fc2,)), _or_nothing(mlp.gamma))
+        yield from (*self._linear((mlp.fc2,)), _NOTHING if mlp.gamma is None else mlp.gamma)
 
     def _linear(self, layers: Sequence[Linear]) -> tuple[Tensor, Tensor, Tensor]:
         """Weight, its panels and bias of the layers as one, in the products' dtype."""
-        weights, biases = tuple(layer.weight for layer in layers), tuple(layer.bias for layer in layers)
-        if len(layers) == 1 and weights[0].dtype == self.dtype:
-            panels = self.kernels.panels(weights[0])
-            if panels is not None:
-                self.kept.append((weights, panels))
-            return weights[0], _or_nothing(None if panels is None else panels.value), _or_nothing(biases[0])
-        weight, packed = self._keep(weights, self.kernels.joined_weight(weights, self.dtype))
+        weights, first = tuple(layer.weight for layer in layers), layers[0]
+        biases = first.bias_parts or tuple(layer.bias for layer in layers)
+        size = sum(map(len, weights)) // len(biases)
+        return *self._weight(weights), self._bias(biases, size)
+
+    def _weight(self, weights: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        if len(weights) > 1 or weights[0].dtype != self.dtype:
+            return self._keep(weights, self.kernels.joined_weight(weights, self.dtype))
+        panels = self.kernels.panels(weights[0])
+        if panels is None:
+            return weights[0], _NOTHING
+        return weights[0], self._keep(weights, panels)
+
+    def _bias(self, biases: tuple[Tensor | None, ...], size: int) -> Tensor:
         there = tuple(bias for bias in biases if bias is not None)
         if not there:
-            return weight, packed, _or_nothing(None)
-        sizes = tuple(map(len, weights))
-        return weight, packed, self._keep(there, self.kernels.joined_bias(biases, sizes, self.dtype))
+            return _NOTHING
+        if len(biases) == 1 and there[0].dtype == self.dtype:
+            return there[0]
+        return self._keep(there, self.kernels.joined_bias(biases, size, self.dtype))
 
     def _keep(self, sources: tuple[Tensor, ...], entry: weight_cache.Kept | None) -> Any:
         if entry is None:
@@ -142,8 +155,8 @@ class _Plan:
             and all(entry.fits(*sources) for sources, entry in self.kept)
         )
 
-    def run(self, x_BLD: Tensor, first_token: bool) -> Tensor:
-        return self.kernels.blocks(x_BLD.contiguous(), self.parameters, *self.options, first_token)
+    def run(self, x_BLD: Tensor, rope: Rope | None, first_token: bool) -> Tensor:
+        return self.kernels.blocks(x_BLD.contiguous(), self.parameters, *self.options, rope, first_token)
 
 
 class _Modules:
@@ -156,9 +169,10 @@ class _Modules:
         self.attributes = [dict(module.__dict__) for module in self.modules]
         self.tables = [module._modules for module in self.modules]
         self.children = [dict(table) for table in self.tables]
-        self.entries = [(m._parameters, name, p) for m in self.modules for name, p in m._parameters.items()]
-        self.parameters = [p for _, _, p in self.entries if p is not None]
-        self.places = [(p.data_ptr(), p.dtype) for p in self.parameters]
+        held = [table for module in self.modules for table in (module._parameters, module._buffers)]
+        self.entries = [(table, name, tensor) for table in held for name, tensor in table.items()]
+        self.tensors = [tensor for _, _, tensor in self.entries if tensor is not None]
+        self.places = [(tensor.data_ptr(), tensor.dtype) for tensor in self.tensors]
         quiet = [module for module in self.modules if not (inside and module in self.blocks)]
         self.hooks = [hooks for module in quiet for hooks in hooks_of(module)]
         self.watched = any(map(watched, quiet))
@@ -173,8 +187,8 @@ class _Modules:
                 and [module.__dict__ for module in self.modules] == self.attributes
                 and self.tables == self.children
                 and not any(self.hooks)
-                and all(table.get(name) is p for table, name, p in self.entries)
-                and [(p.data_ptr(), p.dtype) for p in self.parameters] == self.places
+                and all(table.get(name) is tensor for table, name, tensor in self.entries)
+                and [(tensor.data_ptr(), tensor.dtype) for tensor in self.tensors] == self.places
             )
         except (RuntimeError, ValueError):  # an attribute is another tensor or array now, and has no one truth
             return False
@@ -196,16 +210,14 @@ def _alike(attention: AttentionHalf, mlp: MlpHalf) -> tuple[Any, ...]:
 def _is_plain(halves: Halves) -> bool:
     """Nothing but what the call computes, and parameters it can read where they are."""
     attention, mlp = halves
-    layers: list[Norm | Linear] = [attention.norm, *attention.qkv, attention.proj, mlp.norm, *mlp.fc1, mlp.fc2]
-    tensors = [attention.gamma, mlp.gamma, *(t for layer in layers for t in (layer.weight, layer.bias))]
+    linears, norms = (*attention.qkv, attention.proj, *mlp.fc1, mlp.fc2), (attention.norm, mlp.norm)
+    biases = [bias for layer in linears for bias in layer.bias_parts or (layer.bias,)]
+    weights = [layer.weight for layer in linears]
+    tensors = [attention.gamma, mlp.gamma, *weights, *biases, *(t for norm in norms for t in (norm.weight, norm.bias))]
     return (
         attention.plain
         and mlp.plain
         and attention.norm.eps == mlp.norm.eps
         and mlp.activation in ACTIVATIONS
-        and all(t is None or (type(t) is nn.Parameter and t.is_contiguous()) for t in tensors)
+        and all(t is None or (type(t) in (nn.Parameter, Tensor) and t.is_contiguous()) for t in tensors)
     )
-
-
-def _or_nothing(x: Tensor | None) -> Tensor:
-    return torch.empty(0) if x is None else x

@@ -73,6 +73,11 @@ class Tokens(NamedTuple):
         """Nothing to tell."""
         return all(entry is None for entry in self)
 
+    @property
+    def alike(self) -> bool:
+        """Nothing to tell, or rotations that all images and heads share."""
+        return self._replace(rope=None).plain and (self.rope is None or self.rope.shared)
+
     def visible_bias(self, like: Tensor) -> Tensor | None:
         """``bias`` and ``size`` as one bias in the dtype of ``like``; None without either."""
         if self.size is None:

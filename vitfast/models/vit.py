@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vitfast import ops
 from vitfast.layers.attention_pool import AttentionPoolLatent
 from vitfast.layers.block import BLOCKS, Block
 from vitfast.layers.drop_path import drop_path_rates
@@ -167,8 +168,9 @@ class VisionTransformer(nn.Module):
         x_BLD, tokens = self.start(images_BCHW, attn_mask, key_padding_mask)
         blocks: list[Any] = list(self.blocks)
         enough = for_head and bool(blocks) and self._class_token_is_enough(blocks[-1], tokens)
-        if tokens.plain and not watched(self.blocks):
-            together = self._stack.run(blocks, x_BLD, partial(_halves, blocks), self.config.backend, first_token=enough)
+        if tokens.alike and not watched(self.blocks):
+            rope, describe = None if tokens.rope is None else ops.Rope(*tokens.rope), partial(_halves, blocks)
+            together = self._stack.run(blocks, x_BLD, describe, self.config.backend, rope=rope, first_token=enough)
             if together is not None:
                 return self.norm(together), tokens
         for i, block in enumerate(blocks):

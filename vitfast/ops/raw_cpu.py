@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .arguments import POINTWISE, nothing
+from .heads import Heads, Rope
 from .quantize import pack_weight, pack_weight_for_tiles
 from .raw import RawKernels, even_lengths, f32
 from .weight_cache import Kept, derived, kept
@@ -120,15 +121,17 @@ class CpuKernels(RawKernels):
         scale: float,
         eps: float,
         activation: str,
+        rope: Rope | None,
         first_token: bool,
     ) -> Tensor:
         """Plain pre-norm blocks on x [B, L, D]; parameters: 18 of each block, as csrc/cpu/halves.cpp lists them.
 
-        first_token: [B, 1, D], the first token alone.
+        rope: of the last tokens of each image. first_token: [B, 1, D], the first token, which does not turn, alone.
         """
         B, L, D = x.shape
         out = x.new_empty(B, 1 if first_token else L, D)
-        options = heads, scale, eps, activation, even_lengths(B, L, x.device), L, first_token
+        turns = Heads.of(rope, None, None, torch.float32)[:3]
+        options = heads, scale, eps, activation, *turns, even_lengths(B, L, x.device), L, first_token
         self.functions.blocks_forward(x.view(B * L, D), parameters, *options, out.view(-1, D))
         return out
 
@@ -195,20 +198,16 @@ class CpuKernels(RawKernels):
         nbytes = sum(weight.numel() for weight in weights) * (dtype.itemsize + self._packed_size(dtype))
         return kept(weights, ("joined", dtype), make, nbytes)
 
-    def joined_bias(self, biases: tuple[Tensor | None, ...], sizes: tuple[int, ...], dtype: torch.dtype) -> Kept | None:
-        """Biases of ``sizes`` behind one another in ``dtype``, zeros for None; at least one is there."""
+    def joined_bias(self, biases: tuple[Tensor | None, ...], size: int, dtype: torch.dtype) -> Kept | None:
+        """Biases of ``size`` numbers behind one another in ``dtype``, zeros for None; at least one is there."""
         there = tuple(bias is not None for bias in biases)
 
         def make(*given: Tensor) -> Tensor:
             left = iter(given)
-            parts = [
-                next(left).to(dtype) if is_there else torch.zeros(size, dtype=dtype)
-                for is_there, size in zip(there, sizes, strict=True)
-            ]
-            return torch.cat(parts)
+            return torch.cat([(next(left) if one else torch.zeros(size)).to(dtype) for one in there])
 
         given = tuple(bias for bias in biases if bias is not None)
-        return kept(given, ("joined", dtype, there, sizes), make, sum(sizes) * dtype.itemsize)
+        return kept(given, ("joined", dtype, there, size), make, size * len(biases) * dtype.itemsize)
 
     def _packed_size(self, dtype: torch.dtype) -> int:
         """Bytes of a weight's number in its panels: fp32 goes to tiles as three parts in bf16."""
