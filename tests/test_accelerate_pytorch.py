@@ -105,7 +105,7 @@ def test_ddp_and_fsdp(tmp_path: Path) -> None:
         assert calls["attention"] + calls["norm_mlp"] == 4
         full = {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in sharded.items()}
         assert_same_step(full, wanted)
-        with pytest.raises(ValueError, match=r"blocks.0 was wrapped as FSDPBlock after accelerate"):
+        with pytest.raises(ValueError, match=r"model was wrapped as FSDPVisionTransformer after accelerate"):
             vitfast.restore(model)
     finally:
         distributed.destroy_process_group()

@@ -30,6 +30,7 @@ class Adapter:
     Attributes:
         library: its import name.
         blocks: the exact class of a transformer block -> its fast subclass.
+        models: the exact class of a model that reads the first token alone -> its subclass that makes no others in the end.
         single: the exact class of a module that stands alone (a norm, a convolution) -> its fast subclass, beside torch's.
         children: class of a parent -> paths of what is replaced in it as single modules.
         left: exact classes that are known and left alone -> why.
@@ -40,6 +41,7 @@ class Adapter:
     library: str
     blocks: Mapping[type, Any]
     children: Mapping[type, tuple[str, ...]]
+    models: Mapping[type, type] = field(default_factory=dict)
     single: Mapping[type, type] = field(default_factory=dict)
     left: Mapping[type, str] = field(default_factory=dict)
     why_stay: Callable[[nn.Module], str | None] = lambda block: None

@@ -13,6 +13,7 @@ from vitfast.dropin.adapter import FAMILIES, Adapter, adapters
 from vitfast.dropin.fused import Options
 from vitfast.dropin.parts import kind_name
 from vitfast.dropin.report import AccelerateReport, ReportRow
+from vitfast.dropin.together import Sequential, holds_blocks
 from vitfast.models.vit import VisionTransformer
 from vitfast.ops import backends
 from vitfast.ops.dispatch import FORCED, check_backend_name
@@ -59,9 +60,12 @@ def accelerate(model: M, *, backend: str = "auto", recompute: str = "fused") -> 
         raise ValueError(_unsupported(model, chosen))
     for module, kind in todo:
         fast.swap(module, kind, options)
+    whole = {kind: fast_kind for adapter in chosen for kind, fast_kind in adapter.models.items()}
     for module in model.modules():
-        if type(module) is nn.Sequential and fast.holds_blocks(module):
-            fast.swap(module, fast.Sequential, options)
+        if type(module) is nn.Sequential and holds_blocks(module):
+            fast.swap(module, Sequential, options)
+        elif type(module) in whole:
+            fast.swap(module, whole[type(module)], options)
     changed = any(module._vitfast != options for module in done)
     for module in done:
         fast.set_options(module, options)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vitfast import ops
 from vitfast.dropin.fused import Context, Options, attend, feed_forward
-from vitfast.dropin.parts import Mode, is_plain, keeps_dtype, may_run, transforms_active
+from vitfast.dropin.parts import Mode, is_plain, keeps_dtype, transforms_active
 from vitfast.layers.halves import AttentionHalf, Halves, MlpHalf, Norm
 from vitfast.layers.stack import BlockStack, Describe
 from vitfast.ops.arguments import autocast_dtype
@@ -81,10 +81,10 @@ class FastBlock(Fast):
         def describe() -> list[Halves | None]:
             nonlocal found
             found = self.parts(self, "now")
-            return [_both_halves(found, x)]
+            return [both_halves(found, x)]
 
         if attention_stays is None and not context.masks:
-            together = _run_together(self, [self], x, describe, rope=context.rope, inside=True)
+            together = run_together(self, [self], x, describe, rope=context.rope, inside=True)
             if together is not None:
                 return together
         parts = found or self.parts(self, "now")
@@ -103,37 +103,12 @@ class FastBlock(Fast):
         raise NotImplementedError
 
 
-class Sequential(Fast, nn.Sequential):
-    """Fast blocks one after the other: at inference on CPUs in one call, otherwise as before."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        if may_run(input) and holds_blocks(self):
-            blocks: list[Any] = list(self)
-            out = _run_together(self, blocks, input, lambda: [_both_halves(b.parts(b, "now"), input) for b in blocks])
-            if out is not None:
-                return out
-        return super().forward(input)
-
-
-def holds_blocks(module: nn.Sequential) -> bool:
-    """Whether ``module`` is made of fast blocks alone."""
-    return len(module) > 0 and all(isinstance(block, FastBlock) for block in module)
-
-
-def _run_together(
-    module: Fast,
-    blocks: list[Any],
-    x: Tensor,
-    describe: Describe,
-    *,
-    rope: ops.Rope | None = None,
-    inside: bool = False,
-) -> Tensor | None:
+def run_together(module: Fast, blocks: list[Any], x: Tensor, describe: Describe, **how: Any) -> Tensor | None:
     """``BlockStack.run``; the stack is kept with ``module``, but in no copy and no file."""
     if not ops.runs_unwatched(x) or len({block._vitfast for block in blocks}) != 1:
         return None
     stack: BlockStack = module.__dict__.setdefault(_STACK, BlockStack())
-    return stack.run(blocks, x, describe, blocks[0]._vitfast.backend, rope=rope, inside=inside)
+    return stack.run(blocks, x, describe, blocks[0]._vitfast.backend, **how)
 
 
 def _fits(half: AttentionHalf | MlpHalf | str, x: Tensor) -> bool:
@@ -143,7 +118,8 @@ def _fits(half: AttentionHalf | MlpHalf | str, x: Tensor) -> bool:
     return keeps_dtype(x, (half.proj if isinstance(half, AttentionHalf) else half.fc2).weight, half.gamma)
 
 
-def _both_halves(parts: dict[str, Any], x: Tensor) -> Halves | None:
+def both_halves(parts: dict[str, Any], x: Tensor) -> Halves | None:
+    """A block's parts where both can run fused on x."""
     return (parts["attention"], parts["mlp"]) if all(_fits(half, x) for half in parts.values()) else None
 
 
@@ -261,12 +237,12 @@ __all__ = [
     "Fast",
     "FastBlock",
     "LayerNorm",
-    "Sequential",
+    "both_halves",
     "fused_norm",
-    "holds_blocks",
     "masked",
     "norm_fits",
     "norm_parts",
+    "run_together",
     "set_options",
     "swap",
     "unswap",

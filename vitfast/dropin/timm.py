@@ -6,7 +6,7 @@ B images, L tokens, D width, H heads, E head dim, N patches.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import timm.layers
@@ -29,6 +29,7 @@ from vitfast.dropin.parts import (
     why_not_call,
     why_not_identity,
 )
+from vitfast.dropin.together import FirstTokenModel
 from vitfast.layers.halves import AttentionHalf, Draw, Linear, MlpHalf, Norm
 from vitfast.ops import HeadNorm, Rope
 
@@ -69,7 +70,7 @@ def attention_half(block: Any, gamma: Tensor | str | None, mode: Mode) -> Attent
         norm=layer_norm("norm1", block.norm1, *NORMS),
         qkv=_qkv(attn),
         heads=attn.num_heads,
-        scale=attn.scale,
+        scale=attn.head_dim**-0.5 if attn.fused_attn else attn.scale,  # SDPA takes its own
         proj=linear("attn.proj", attn.proj),
         q_norm=_head_norm("attn.q_norm", attn.q_norm),
         k_norm=_head_norm("attn.k_norm", attn.k_norm),
@@ -263,6 +264,18 @@ def _notes(module: nn.Module) -> Iterable[tuple[nn.Module, str, str]]:
     return []
 
 
+class VisionTransformer(FirstTokenModel, vision_transformer.VisionTransformer):
+    """``timm.models.vision_transformer.VisionTransformer``."""
+
+    forward = wraps(vision_transformer.VisionTransformer.forward)(FirstTokenModel.forward)  # type: ignore[assignment]
+
+    def sequence_and_norm(self) -> tuple[nn.Module, nn.Module] | None:
+        own = {"forward_features", "forward_head", "pool"} & self.__dict__.keys()
+        if own or self.global_pool != "token" or self.attn_pool is not None:
+            return None
+        return self.blocks, self.norm
+
+
 class LayerNorm(fast.Fast, _LAYERS.LayerNorm):
     """``timm.layers.LayerNorm`` where it stands alone."""
 
@@ -286,6 +299,7 @@ def adapter() -> Adapter:
     return Adapter(
         library="timm",
         blocks={vision_transformer.Block: Block, eva.EvaBlock: EvaBlock},
+        models={vision_transformer.VisionTransformer: VisionTransformer},
         single={_LAYERS.LayerNorm: LayerNorm},
         notes=_notes,
         children={

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from vitfast.dropin.parts import (
     why_hooked,
     why_not_call,
 )
+from vitfast.dropin.together import FirstTokenModel
 from vitfast.layers.halves import AttentionHalf, Linear, MlpHalf
 
 
@@ -89,10 +91,25 @@ class EncoderBlock(fast.FastBlock, vision_transformer.EncoderBlock):
         return x + self.mlp(self.ln_2(x))
 
 
+class VisionTransformer(FirstTokenModel, vision_transformer.VisionTransformer):
+    """``torchvision.models.VisionTransformer``."""
+
+    forward = wraps(vision_transformer.VisionTransformer.forward)(FirstTokenModel.forward)
+
+    def sequence_and_norm(self) -> tuple[nn.Module, nn.Module] | None:
+        encoder = self.encoder
+        return (
+            (encoder.layers, encoder.ln)
+            if why_not_call("encoder", encoder, vision_transformer.Encoder) is None
+            else None
+        )
+
+
 def adapter() -> Adapter:
     """What of this library is replaced."""
     return Adapter(
         library="torchvision",
         blocks={vision_transformer.EncoderBlock: EncoderBlock},
+        models={vision_transformer.VisionTransformer: VisionTransformer},
         children={vision_transformer.VisionTransformer: ("conv_proj",), vision_transformer.Encoder: ("ln",)},
     )
