@@ -56,6 +56,10 @@ STABLE_TORCH_LIBRARY(vitfast_C, m) {
         "blocks_forward(Tensor x, Tensor[] parameters, int heads, float scale, float eps, str activation, "
         "Tensor? cos, Tensor? sin, bool interleaved, Tensor cu_seqlens, int max_seqlen, bool first_token, Tensor(a!) "
         "out) -> ()");
+    m.def(
+        "int8_blocks_forward(Tensor x, Tensor[] parameters, int heads, float scale, float eps, str activation, "
+        "Tensor? cos, Tensor? sin, bool interleaved, Tensor cu_seqlens, int max_seqlen, bool first_token, "
+        "Tensor(a!) out) -> ()");
     m.def("multiply_add_rate(str dtype, float seconds) -> float");
     m.def("cpu_capability() -> str");
     m.def("set_cpu_capability(str capability) -> ()");

@@ -139,6 +139,48 @@ def test_gradients_and_masks_are_one_by_one(monkeypatch: pytest.MonkeyPatch) -> 
     assert not any(seen)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("last", ["all tokens", "first token"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"init_values": 0.1, "qkv_bias": False},
+        {"embed_dim": 66, "num_heads": 3},  # q ends inside a block of packed outputs
+        {"mlp_layer": "swiglu_packed", "embed_dim": 128, "num_heads": 2},
+        {"rope_type": "dinov3", "rope_rotate_half": True, "reg_tokens": 4},
+    ],
+)
+def test_in_8_bits(options: dict, last: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = small(precision="int8", **options).to(dtype), images(dtype)
+    call = model if last == "first token" else model.forward_features
+    exact = copy.deepcopy(model).double()
+    exact.set_precision("float")
+    with torch.no_grad():
+        truth = exact(x.double()) if last == "first token" else exact.forward_features(x.double())
+    expected = one_by_one(call, x, monkeypatch)
+    seen = calls(monkeypatch)
+    with torch.no_grad():
+        first = call(x)
+        if last == "all tokens":
+            assert torch.equal(first, expected)
+        assert (first - truth).norm() <= 1.5 * (expected - truth).norm()
+        for name in ("attn.proj.weight", "mlp.fc2.bias", "norm1.weight"):
+            model.blocks[1].get_parameter(name).mul_(1.5)
+            second = call(x)
+            assert not torch.equal(second, first)
+            if last == "all tokens":
+                assert torch.equal(second, one_by_one(call, x, monkeypatch))
+            first = second
+        model.set_precision("float")
+        assert not torch.equal(call(x), first)
+        model.set_precision("int8")
+        assert torch.equal(call(x), first)
+        weight_cache.limit_bytes(0)
+        assert (call(x) - first).norm() <= 0.05 * first.norm()
+    assert seen.count(False) <= 2
+    assert seen[:4] == [True] * 4
+
+
 @pytest.mark.parametrize("options", [{}, {"init_values": 0.1, "qkv_bias": False}, {"mlp_layer": "swiglu"}])
 def test_autocast_keeps_the_weights_in_its_dtype(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bits as when they are cast at every call; changes of weights and of autocast itself are seen."""
@@ -290,7 +332,7 @@ def test_first_token_needs_images_of_one_length() -> None:
         torch.ops.vitfast_C.blocks_forward(
             x, [nothing] * 18, 1, 1.0, 1e-6, "gelu", *NO_ROPE, starts, 3, True, torch.empty(2, 8)
         )
-    with pytest.raises(RuntimeError, match="qkv_weight has shape"):
+    with pytest.raises(RuntimeError, match="qkv_weight has 0 rows"):
         torch.ops.vitfast_C.blocks_forward(
             x[:4],
             [nothing] * 18,

@@ -12,6 +12,9 @@ void layer_norm_forward(Tensor x, OptionalTensor branch, OptionalTensor scale, O
 void linear(Tensor x, Tensor weight, bool transposed, OptionalTensor packed, OptionalTensor bias,
             std::string activation, OptionalTensor residual, OptionalTensor scale, OptionalTensor drop_path,
             OptionalTensor before, Tensor out, TileRows in_tiles = {});
+void int8_linear(Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bias, double eps, Tensor packed,
+                 Tensor start, Tensor weight_scale, OptionalTensor bias, std::string activation,
+                 OptionalTensor residual, OptionalTensor scale, Tensor out);
 void activation_forward(Tensor h, std::string name, Tensor out);
 void attention_forward(Tensor qkv, double scale, OptionalTensor bias, OptionalTensor padding, OptionalTensor cos,
                        OptionalTensor sin, bool interleaved, std::string q_norm, std::string k_norm,

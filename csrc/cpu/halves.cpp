@@ -1,14 +1,13 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <cstring>
 #include <vector>
 
+#include "blocks.h"
 #include "first_token.h"
 #include "forward.h"
 #include "isa.h"
 #include "linear.h"
-#include "scratch.h"
 #include "tile_linear.h"
 
 // The two halves of a pre-norm block at inference, each in one call: nothing between its input and its output outlives
@@ -16,38 +15,6 @@
 // C = 3 * H * E, H heads, E head dim, F hidden width. X: dtype of x and out; Y: dtype of the weights of products.
 namespace vitfast {
 namespace {
-
-constexpr auto kFloat = ScalarType::Float;
-constexpr auto kBFloat16 = ScalarType::BFloat16;
-
-// A tensor that lives during one call only.
-class Temporary {
-  public:
-    // spare: bytes behind it
-    Temporary(std::initializer_list<int64_t> shape, ScalarType dtype, int64_t spare = 0)
-        : memory_(count(shape) * (dtype == kFloat ? 4 : 2) + spare), tensor_(view(memory_.data(), shape, dtype)) {}
-
-    const Tensor& operator*() const { return tensor_; }
-
-  private:
-    static int64_t count(std::initializer_list<int64_t> shape) {
-        int64_t product = 1;
-        for (const int64_t size : shape) product *= size;
-        return std::max<int64_t>(product, 1);
-    }
-
-    static Tensor view(void* data, std::initializer_list<int64_t> shape, ScalarType dtype) {
-        std::vector<int64_t> strides(shape.size());
-        int64_t stride = 1;
-        for (size_t axis = shape.size(); axis-- > 0; stride *= shape.begin()[axis]) strides[axis] = stride;
-        const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
-        return torch::stable::from_blob(data, {shape.begin(), shape.size()}, {strides.data(), strides.size()}, cpu,
-                                        dtype);
-    }
-
-    KeptMemory memory_;
-    Tensor tensor_;
-};
 
 // A matrix between an op and a product: in the order of TileRows where the product would otherwise bring it into that.
 // fp32's parts take half as much again, and more time on their way than packing does. piece: columns that the op writes
@@ -67,16 +34,6 @@ class Between : public Temporary {
     bool tiles_;
 };
 
-// A vector of bf16 numbers as fp32, in `wide`.
-Tensor as_float(const char* name, const Tensor& x, const Temporary& wide) {
-    check(name, x, Device::kCpu, {kFloat, kBFloat16}, {(*wide).size(0)});
-    if (x.scalar_type() == kFloat) return x;
-    const uint16_t* const from = data<uint16_t>(x);
-    uint32_t* const to = mutable_data<uint32_t>(*wide);
-    for (int64_t i = 0; i < x.size(0); ++i) to[i] = static_cast<uint32_t>(from[i]) << 16;
-    return *wide;
-}
-
 void norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps, const Tensor& normed, bf16* in_tiles) {
     const int64_t rows = x.size(0), width = x.size(1);
     const Temporary mean({rows}, kFloat), rstd({rows}, kFloat), wide_weight({width}, kFloat),
@@ -84,21 +41,6 @@ void norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps,
     layer_norm_forward(x, {}, {}, {}, as_float("norm_weight", weight, wide_weight),
                        as_float("norm_bias", bias, wide_bias), eps, {}, normed, *mean, *rstd, in_tiles);
 }
-
-int64_t head_dim_of(const Tensor& qkv_weight, int64_t heads) {
-    const int64_t outputs = qkv_weight.dim() == 2 ? qkv_weight.size(0) : 0;
-    if (heads < 1 || outputs == 0 || outputs % (3 * heads) != 0 || outputs > 3 * heads * kMostHeadDim) {
-        fail("qkv_weight has shape ", show_shape(qkv_weight), "; needed: a multiple of 3 * ", heads,
-             " (heads) rows, at most ", kMostHeadDim, " times");
-    }
-    return outputs / (3 * heads);
-}
-
-// Rotary tables of the last tokens of each sequence, or none (HeadOptions).
-struct Rotation {
-    OptionalTensor cos, sin;
-    bool interleaved = false;
-};
 
 // out[T, D] = x + proj_scale * (attention(norm(x) qkv_weight^T + qkv_bias) proj_weight^T + proj_bias)
 void norm_attention(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, double eps,
@@ -108,7 +50,7 @@ void norm_attention(const Tensor& x, const Tensor& norm_weight, const Tensor& no
                     const OptionalTensor& proj_scale, const Tensor& out) {
     check("x", x, Device::kCpu, {kFloat, kBFloat16}, {-1, -1});
     const auto dtype = qkv_weight.scalar_type();
-    const int64_t rows = x.size(0), head_dim = head_dim_of(qkv_weight, heads), outputs = 3 * heads * head_dim;
+    const int64_t rows = x.size(0), head_dim = head_dim_of(qkv_weight.size(0), heads), outputs = 3 * heads * head_dim;
     const Temporary qkv({rows, 3, heads, head_dim}, dtype);
     const Between normed(rows, x.size(1), dtype), attended(rows, heads * head_dim, dtype, head_dim);
     const Temporary lse({heads, rows}, kFloat);
@@ -138,11 +80,10 @@ void norm_mlp_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, double eps
     check("fc1_weight", fc1_weight, Device::kCpu, {kFloat, kBFloat16}, {-1, x.size(1)});
     const auto dtype = fc1_weight.scalar_type();
     const int64_t rows = x.size(0);
-    const bool gated = activation == "swiglu";  // joins columns that the product computes apart
     const int64_t width = fc1_weight.size(0);
     const Between normed(rows, x.size(1), dtype);
     norm(x, norm_weight, norm_bias, eps, *normed, normed.tiles());
-    if (gated) {
+    if (is_gated(activation)) {
         const Temporary hidden({rows, width}, dtype), joined({rows, width / 2}, dtype);
         linear(*normed, fc1_weight, false, fc1_packed, fc1_bias, "none", {}, {}, {}, {}, *hidden,
                {normed.tiles(), nullptr});
@@ -154,15 +95,6 @@ void norm_mlp_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, double eps
            {normed.tiles(), hidden.tiles()});
     linear(*hidden, fc2_weight, false, fc2_packed, fc2_bias, "none", x, scale, {}, {}, out, {hidden.tiles(), nullptr});
 }
-
-// The parameters of one block, as blocks_forward is given them one after the other; an empty tensor stands for none.
-struct BlockParameters {
-    static constexpr size_t kCount = 18;
-    const Tensor* at;
-
-    const Tensor& get(size_t i) const { return at[i]; }
-    OptionalTensor maybe(size_t i) const { return at[i].numel() == 0 ? OptionalTensor() : OptionalTensor(at[i]); }
-};
 
 void block_mlp(const Tensor& x, const BlockParameters& p, double eps, const std::string& activation,
                const Tensor& out) {
@@ -193,21 +125,12 @@ struct Rows {
     }
 };
 
-// to[B, D] = the first of every L rows of from[B * L, D].
-void first_rows(const Tensor& from, int64_t length, const Temporary& to) {
-    const int64_t bytes = from.size(1) * (from.scalar_type() == kFloat ? 4 : 2);
-    for (int64_t i = 0; i < (*to).size(0); ++i) {
-        std::memcpy(static_cast<char*>((*to).mutable_data_ptr()) + i * bytes,
-                    static_cast<const char*>(from.const_data_ptr()) + i * length * bytes, bytes);
-    }
-}
-
 // out[B, D]: what a block makes of the first token of each image of L tokens. The others give keys and values alone.
 void first_token_forward(const Tensor& x, const BlockParameters& p, int64_t heads, double scale, double eps,
                          const std::string& activation, const Rotation& rotation, int64_t length, const Tensor& out) {
     const Tensor& weight = p.get(2);
     const auto dtype = weight.scalar_type();
-    const int64_t head_dim = head_dim_of(weight, heads), C = heads * head_dim;
+    const int64_t head_dim = head_dim_of(weight.size(0), heads), C = heads * head_dim;
     const int64_t rows = x.size(0), width = x.size(1), images = out.size(0);
     const Temporary normed({rows, width}, dtype), first_normed({images, width}, dtype);
     const Temporary first({images, width}, x.scalar_type()), middle({images, width}, x.scalar_type());
@@ -218,12 +141,7 @@ void first_token_forward(const Tensor& x, const BlockParameters& p, int64_t head
     const Rows of_q(weight, p.maybe(3), p.maybe(4), 0, C), of_kv(weight, p.maybe(3), p.maybe(4), C, 2 * C);
     linear(*first_normed, of_q.weight, false, of_q.packed, of_q.bias, "none", {}, {}, {}, {}, *q);
     linear(*normed, of_kv.weight, false, of_kv.packed, of_kv.bias, "none", {}, {}, {}, {}, *kv);
-    const HeadOptions turns = check_heads(
-        {rotation.cos, rotation.sin, rotation.interleaved, "", "", {}, {}, {}, {}, 0.0, 0.0}, rows, head_dim);
-    if (turns.rotated >= length) {
-        fail("first_token needs a first token that does not turn; cos has ", turns.rotated, " rows for ", length,
-             " tokens");
-    }
+    const HeadOptions turns = turns_of(rotation, rows, length, head_dim);
     const auto attend = [&](auto type) {
         using Y = decltype(type);
         first_token_attention(FirstToken<Y>{data<Y>(*q), data<Y>(*kv), turns, mutable_data<Y>(*attended),
@@ -234,37 +152,23 @@ void first_token_forward(const Tensor& x, const BlockParameters& p, int64_t head
     block_mlp(*middle, p, eps, activation, out);
 }
 
-// out = the blocks one after the other, each norm_attention_forward and then norm_mlp_forward. Parameters of each:
-// norm1 weight, bias; qkv weight, packed, bias; proj weight, packed, bias, scale; norm2 weight, bias; fc1 weight,
-// packed, bias; fc2 weight, packed, bias, scale. out is [T, D], or, with first_token, [B, D]: the first of every L =
-// max_seqlen rows alone, and the last block makes no others.
+// Blocks, each norm_attention and then norm_mlp_forward, as run_blocks says. Parameters of each: norm1 weight, bias;
+// qkv weight, packed, bias; proj weight, packed, bias, scale; norm2 weight, bias; fc1 weight, packed, bias; fc2 weight,
+// packed, bias, scale.
 void blocks_forward(Tensor x, std::vector<Tensor> parameters, int64_t heads, double scale, double eps,
                     std::string activation, OptionalTensor cos, OptionalTensor sin, bool interleaved, Tensor cu_seqlens,
                     int64_t max_seqlen, bool first_token, Tensor out) {
-    check("x", x, Device::kCpu, {kFloat, kBFloat16}, {-1, -1});
-    const int64_t rows = x.size(0), width = x.size(1), images = cu_seqlens.numel() - 1;
-    check("out", out, Device::kCpu, {x.scalar_type()}, {first_token ? images : rows, width});
-    if (parameters.empty() || parameters.size() % BlockParameters::kCount != 0) {
-        fail("parameters has ", parameters.size(), " tensors; needed: ", BlockParameters::kCount, " for each block");
-    }
-    if (first_token && (max_seqlen < 1 || images * max_seqlen != rows)) {
-        fail("first_token needs images of max_seqlen rows, at least one; x has ", rows, " rows, cu_seqlens ", images,
-             " images, max_seqlen is ", max_seqlen);
-    }
-    const size_t blocks = parameters.size() / BlockParameters::kCount, whole = blocks - first_token;
-    const Temporary middle({rows, width}, x.scalar_type()), stream({first_token ? rows : 0, width}, x.scalar_type());
-    const Tensor& made = first_token ? *stream : out;
+    constexpr size_t kEach = 18;
     const Rotation rotation{cos, sin, interleaved};
-    for (size_t i = 0; i < whole; ++i) {
-        const BlockParameters p{parameters.data() + i * BlockParameters::kCount};
-        norm_attention(i == 0 ? x : made, p.get(0), p.get(1), eps, p.get(2), p.maybe(3), p.maybe(4), heads, scale,
-                       rotation, cu_seqlens, max_seqlen, p.get(5), p.maybe(6), p.maybe(7), p.maybe(8), *middle);
-        block_mlp(*middle, p, eps, activation, made);
-    }
-    if (first_token) {
-        const BlockParameters last{parameters.data() + whole * BlockParameters::kCount};
-        first_token_forward(whole == 0 ? x : made, last, heads, scale, eps, activation, rotation, max_seqlen, out);
-    }
+    const auto block = [&](const Tensor& from, const BlockParameters& p, const Tensor& middle, const Tensor& to) {
+        norm_attention(from, p.get(0), p.get(1), eps, p.get(2), p.maybe(3), p.maybe(4), heads, scale, rotation,
+                       cu_seqlens, max_seqlen, p.get(5), p.maybe(6), p.maybe(7), p.maybe(8), middle);
+        block_mlp(middle, p, eps, activation, to);
+    };
+    const auto last = [&](const Tensor& from, const BlockParameters& p, const Tensor& to) {
+        first_token_forward(from, p, heads, scale, eps, activation, rotation, max_seqlen, to);
+    };
+    run_blocks(x, parameters, kEach, cu_seqlens, max_seqlen, first_token, out, block, last);
 }
 
 }  // namespace

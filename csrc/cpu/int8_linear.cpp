@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "check.h"
+#include "forward.h"
 #define VITFAST_WITH_VNNI
 #include "isa.h"
 #include "scratch.h"
@@ -87,6 +88,8 @@ void multiply(const Int8Product<Y>& args) {
     });
 }
 
+}  // namespace
+
 // out[T, O] = act(y), or residual[T, O] + scale[O] * y, of y = x[T, I] w^T + bias[O] with w = weight_scale[O] * an
 // integer of -127..127 and the rows of x, after LayerNorm where norm_weight[I] is given, rounded to 255 levels each.
 // packed: the integers, 4 to a word, in panels of kPanelColumns outputs [W][columns], the columns of the last rounded
@@ -129,7 +132,6 @@ void int8_linear(Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bias,
     });
 }
 
-}  // namespace
 }  // namespace vitfast
 
 STABLE_TORCH_LIBRARY_IMPL(vitfast_C, CPU, m) { m.impl("int8_linear", TORCH_BOX(&vitfast::int8_linear)); }

@@ -120,7 +120,7 @@ def _fits(half: AttentionHalf | MlpHalf | str, x: Tensor) -> bool:
 
 def both_halves(parts: dict[str, Any], x: Tensor) -> Halves | None:
     """A block's parts where both can run fused on x."""
-    return (parts["attention"], parts["mlp"]) if all(_fits(half, x) for half in parts.values()) else None
+    return Halves(parts["attention"], parts["mlp"]) if all(_fits(half, x) for half in parts.values()) else None
 
 
 def _both(x: Tensor, attention: AttentionHalf, mlp: MlpHalf, options: Options, context: Context) -> Tensor:

@@ -20,7 +20,6 @@ from vitfast.layers.layer_scale import LayerScale
 from vitfast.layers.mlp import Mlp, SwiGLU
 from vitfast.layers.tokens import FULL, Tokens
 from vitfast.layers.untouched import remember_parts, untouched, watched
-from vitfast.ops.arguments import product_dtype
 
 
 class Block(nn.Module):
@@ -148,16 +147,17 @@ class Block(nn.Module):
     def halves(self) -> Halves | None:
         """What ``BlockStack`` may compute in this block's place at inference, or None where its code has to run."""
         attn, mlp, (scale1, scale2) = self.attn, self.mlp, self.scales()
-        if type(self) not in BLOCKS.values() or self.training or self.precision != "float":
+        if type(self) not in BLOCKS.values() or self.training:
             return None
         between = (attn.q_norm, attn.k_norm, attn.norm, mlp.norm)
         if not all(isinstance(part, nn.Identity) for part in between) or not untouched(self):
             return None
         norm1, norm2 = (Norm(norm.weight, norm.bias, norm.eps) for norm in (self.norm1, self.norm2))
         proj, fc2 = (Linear(layer.weight, layer.bias) for layer in (attn.proj, mlp.fc2))
-        return (
+        return Halves(
             AttentionHalf(norm1, attn.qkv_layers(), attn.num_heads, attn.head_dim**-0.5, proj, gamma=scale1),
             MlpHalf(norm2, mlp.hidden_layers(), mlp.activation, fc2, gamma=scale2),
+            self.precision,
         )
 
     def gives_class_token(self, tokens: Tokens) -> bool:
@@ -186,9 +186,7 @@ class Block(nn.Module):
             return self._add(x_BLD, hidden_BLF, mlp.fc2, mlp.drop, 1, self.drop_path2, tokens)
         weight, bias = mlp.hidden_parameters()
         if self._in_int8(x_BLD, weight):
-            # 16 bits are enough for what the next product rounds to 8
-            narrow = torch.bfloat16 if x_BLD.dtype == torch.float32 else x_BLD.dtype
-            hidden_BLF = self._int8_norm_linear(x_BLD, norm, weight, bias, mlp.activation, narrow)
+            hidden_BLF = self._int8_norm_linear(x_BLD, norm, weight, bias, mlp.activation)
             return self._add(x_BLD, hidden_BLF, mlp.fc2, mlp.drop, 1, self.drop_path2, tokens)
         return ops.norm_mlp(
             x_BLD,
@@ -220,8 +218,8 @@ class Block(nn.Module):
         weight: Tensor,
         bias: Tensor | None,
         activation: str,
-        dtype: torch.dtype,
     ) -> Tensor:
+        """In 16 bits, which are enough for what the next product rounds to 8, and for attention before that."""
         return ops.int8_linear(
             x_BLD,
             weight,
@@ -230,13 +228,13 @@ class Block(nn.Module):
             norm_bias=norm.bias,
             eps=norm.eps,
             activation=activation,
-            dtype=dtype,
+            dtype=torch.bfloat16 if x_BLD.dtype == torch.float32 else x_BLD.dtype,
             backend=self.backend,
         )
 
     def _norm_linear(self, x_BLD: Tensor, norm: LayerNorm, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self._in_int8(x_BLD, weight):
-            return self._int8_norm_linear(x_BLD, norm, weight, bias, "none", product_dtype(x_BLD, weight))
+            return self._int8_norm_linear(x_BLD, norm, weight, bias, "none")
         return ops.norm_linear(
             x_BLD, norm.weight, norm.bias, weight, bias, norm.eps, recompute=self.recompute, backend=self.backend
         )

@@ -76,4 +76,9 @@ class MlpHalf(NamedTuple):
         return self.inner_norm is None and self.draw is None
 
 
-Halves = tuple[AttentionHalf, MlpHalf]
+class Halves(NamedTuple):
+    """A block. ``precision`` is what its products multiply in: "float", the parameters' dtype or autocast's, or "int8"."""
+
+    attention: AttentionHalf
+    mlp: MlpHalf
+    precision: str = "float"

@@ -80,12 +80,13 @@ class _Plan:
         self.kernels = kernels
         self.dtype = dtype  # of the products
         self.x_dtype = x_BLD.dtype
-        self.weight = halves[0][0].proj.weight
+        self.weight = halves[0].attention.proj.weight
+        self.precision = halves[0].precision
         self.modules = _Modules(blocks, inside)
         self.generation = weight_cache.generation()
         self.kept: list[tuple[tuple[Tensor, ...], weight_cache.Kept]] = []
-        self.parameters = [p.detach() for pair in halves for p in self._parameters(*pair)]
-        attention, mlp = halves[0]
+        self.parameters = [p.detach() for one in halves for p in self._parameters(one.attention, one.mlp)]
+        attention, mlp, _ = halves[0]
         self.options = attention.heads, attention.scale, attention.norm.eps, mlp.activation
 
     @classmethod
@@ -94,14 +95,16 @@ class _Plan:
     ) -> _Plan | None:
         """A plan for these blocks, or None where they are not all plain and alike or no backend has the call."""
         described = describe()
-        halves = [pair for pair in described if pair is not None and _is_plain(pair)]
-        if len(halves) < len(described) or len({_alike(*pair) for pair in halves}) != 1:
+        halves = [one for one in described if one is not None and _is_plain(one)]
+        if len(halves) < len(described) or len(set(map(_alike, halves))) != 1:
             return None
-        dtype = product_dtype(x_BLD, halves[0][0].proj.weight)
+        dtype = product_dtype(x_BLD, halves[0].attention.proj.weight)
         if x_BLD.dtype not in (dtype, torch.float32):
             return None
         kernels = choose("norm_attention", x_BLD, backend, dtype)
-        if not isinstance(kernels, CpuKernels) or dtype not in kernels.own_dtypes:
+        if not isinstance(kernels, CpuKernels):
+            return None
+        if halves[0].precision == "float" and dtype not in kernels.own_dtypes:
             return None
         try:
             plan = cls(kernels, blocks, halves, x_BLD, dtype, inside)
@@ -110,14 +113,16 @@ class _Plan:
         return plan if plan.fits(blocks, x_BLD) else None
 
     def _parameters(self, attention: AttentionHalf, mlp: MlpHalf) -> Iterator[Tensor]:
-        """Of one block, in the order of csrc/cpu/halves.cpp; empty tensors for what is not there."""
+        """Of one block, in the order of csrc/cpu/halves.cpp and int8_halves.cpp; empty tensors for what is not there."""
         yield from (attention.norm.weight, attention.norm.bias, *self._linear(attention.qkv))
         yield from (*self._linear((attention.proj,)), _NOTHING if attention.gamma is None else attention.gamma)
         yield from (mlp.norm.weight, mlp.norm.bias, *self._linear(mlp.fc1))
         yield from (*self._linear((mlp.fc2,)), _NOTHING if mlp.gamma is None else mlp.gamma)
 
-    def _linear(self, layers: Sequence[Linear]) -> tuple[Tensor, Tensor, Tensor]:
-        """Weight, its panels and bias of the layers as one, in the products' dtype."""
+    def _linear(self, layers: Sequence[Linear]) -> tuple[Tensor, ...]:
+        """Weight, its panels and bias of the layers as one, in the products' dtype; or its integers, start, scale and bias."""
+        if self.precision == "int8":
+            return self._int8(*layers)
         weights, first = tuple(layer.weight for layer in layers), layers[0]
         biases = first.bias_parts or tuple(layer.bias for layer in layers)
         size = sum(map(len, weights)) // len(biases)
@@ -130,6 +135,12 @@ class _Plan:
         if panels is None:
             return weights[0], _NOTHING
         return weights[0], self._keep(weights, panels)
+
+    def _int8(self, layer: Linear, *more: Linear) -> tuple[Tensor, ...]:
+        if more or layer.bias_parts:
+            raise _NotKept
+        integers = self._keep((layer.weight,), self.kernels.int8_weight(layer.weight))
+        return *integers, _NOTHING if layer.bias is None else layer.bias
 
     def _bias(self, biases: tuple[Tensor | None, ...], size: int) -> Tensor:
         there = tuple(bias for bias in biases if bias is not None)
@@ -156,7 +167,9 @@ class _Plan:
         )
 
     def run(self, x_BLD: Tensor, rope: Rope | None, first_token: bool) -> Tensor:
-        return self.kernels.blocks(x_BLD.contiguous(), self.parameters, *self.options, rope, first_token)
+        return self.kernels.blocks(
+            x_BLD.contiguous(), self.parameters, *self.options, rope, first_token, self.precision
+        )
 
 
 class _Modules:
@@ -194,22 +207,17 @@ class _Modules:
             return False
 
 
-def _alike(attention: AttentionHalf, mlp: MlpHalf) -> tuple[Any, ...]:
+def _alike(block: Halves) -> tuple[Any, ...]:
     """What all blocks have to have in common."""
+    attention, mlp, precision = block
     weights = [layer.weight for layer in (*attention.qkv, attention.proj, *mlp.fc1, mlp.fc2)]
-    return (
-        attention.heads,
-        attention.scale,
-        attention.norm.eps,
-        mlp.norm.eps,
-        mlp.activation,
-        *{w.dtype for w in weights},
-    )
+    numbers = attention.heads, attention.scale, attention.norm.eps
+    return *numbers, mlp.activation, precision, *{weight.dtype for weight in weights}
 
 
-def _is_plain(halves: Halves) -> bool:
+def _is_plain(block: Halves) -> bool:
     """Nothing but what the call computes, and parameters it can read where they are."""
-    attention, mlp = halves
+    attention, mlp, _ = block
     linears, norms = (*attention.qkv, attention.proj, *mlp.fc1, mlp.fc2), (attention.norm, mlp.norm)
     biases = [bias for layer in linears for bias in layer.bias_parts or (layer.bias,)]
     weights = [layer.weight for layer in linears]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -123,8 +124,9 @@ class CpuKernels(RawKernels):
         activation: str,
         rope: Rope | None,
         first_token: bool,
+        precision: str = "float",
     ) -> Tensor:
-        """Plain pre-norm blocks on x [B, L, D]; parameters: 18 of each block, as csrc/cpu/halves.cpp lists them.
+        """Plain pre-norm blocks on x [B, L, D]; parameters as csrc/cpu/halves.cpp or, in 8 bits, int8_halves.cpp lists them.
 
         rope: of the last tokens of each image. first_token: [B, 1, D], the first token, which does not turn, alone.
         """
@@ -132,7 +134,8 @@ class CpuKernels(RawKernels):
         out = x.new_empty(B, 1 if first_token else L, D)
         turns = Heads.of(rope, None, None, torch.float32)[:3]
         options = heads, scale, eps, activation, *turns, even_lengths(B, L, x.device), L, first_token
-        self.functions.blocks_forward(x.view(B * L, D), parameters, *options, out.view(-1, D))
+        run = self.functions.blocks_forward if precision == "float" else self.functions.int8_blocks_forward
+        run(x.view(B * L, D), parameters, *options, out.view(-1, D))
         return out
 
     def int8_linear(
@@ -148,7 +151,7 @@ class CpuKernels(RawKernels):
         scale: Tensor | None,
         dtype: torch.dtype,
     ) -> Tensor:
-        packed = derived(weight, "int8", pack_weight_for_tiles if self.has_tiles else pack_weight)
+        packed = derived(weight, "int8", self._pack_int8)
         out = x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
         norm = f32(norm_weight), f32(norm_bias), eps
         self.functions.int8_linear(x, *norm, *packed, bias, activation, residual, scale, out)
@@ -208,6 +211,15 @@ class CpuKernels(RawKernels):
 
         given = tuple(bias for bias in biases if bias is not None)
         return kept(given, ("joined", dtype, there, size), make, size * len(biases) * dtype.itemsize)
+
+    def int8_weight(self, weight: Tensor) -> Kept | None:
+        """A weight [O, I] as ``int8_linear`` makes it: packed integers, start, scale; None where it would not be kept."""
+        outputs, inputs = weight.shape
+        return kept((weight,), "int8", self._pack_int8, outputs * (inputs + 8))
+
+    @property
+    def _pack_int8(self) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
+        return pack_weight_for_tiles if self.has_tiles else pack_weight
 
     def _packed_size(self, dtype: torch.dtype) -> int:
         """Bytes of a weight's number in its panels: fp32 goes to tiles as three parts in bf16."""
