@@ -255,6 +255,31 @@ def test_other_backends_and_no_room_for_copies(calls: list[tuple[int, bool]]) ->
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("name", [VIT, HF_DINOV3])
+def test_frozen_blocks_while_gradients_are_on(name: str, calls: list[tuple[int, bool]]) -> None:
+    original, model, inputs = pair(name)
+    for m in (original, model):
+        m.train().requires_grad_(False)
+        last = [module for module in m.modules() if isinstance(module, nn.LayerNorm)][-1]
+        last.requires_grad_(True)
+        run(m, inputs).sin().sum().backward()
+    frozen = sum(blocks for blocks, _ in calls)
+    assert frozen > 0
+    grads = [[p.grad for p in m.parameters() if p.grad is not None] for m in (original, model)]
+    assert len(grads[0]) == len(grads[1]) == 2
+    for theirs, ours in zip(*grads, strict=True):
+        assert error(ours, theirs) <= 1e-5
+    for m in (original, model):
+        m.requires_grad_(True)
+        m.zero_grad()
+        run(m, inputs).sin().sum().backward()
+    assert sum(blocks for blocks, _ in calls) == frozen
+    for theirs, ours in zip(original.parameters(), model.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None)
+        if theirs.grad is not None and theirs.grad.norm() > 1e-3:
+            assert error(ours.grad, theirs.grad) <= 1e-4
+
+
 def test_slices_of_a_sequence_run_together(calls: list[tuple[int, bool]]) -> None:
     model = timm.create_model("vit_tiny_patch16_224", pretrained=False, depth=3, img_size=64).eval()
     plain, x = copy.deepcopy(model), torch.randn(2, 17, 192)

@@ -106,7 +106,7 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "hook of a block": lambda m: m.blocks[0].register_forward_pre_hook(lambda *_: None),
     "layer of another class": lambda m: setattr(m.blocks[0].mlp, "fc1", nn.Sequential(m.blocks[0].mlp.fc1)),
     "forward of its own": lambda m: setattr(m.blocks[0].attn, "forward", m.blocks[0].attn.forward),
-    "dropout in training": lambda m: m.blocks[0].train(),
+    "dropout in training": lambda m: (setattr(m.blocks[0].mlp, "drop", 1e-9), m.blocks[0].train()),
     "two dtypes": lambda m: m.blocks[0].mlp.bfloat16(),
 }
 
@@ -128,6 +128,36 @@ def test_dtypes_of_plain_pytorch_are_one_by_one(dtype: torch.dtype, monkeypatch:
     with torch.no_grad():
         assert small().to(dtype)(images(dtype)).dtype == dtype
     assert seen == [False]
+
+
+def test_frozen_blocks_while_gradients_are_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A linear probe: only the head learns."""
+    model, x = small(global_pool="avg").train(), images()
+    model.requires_grad_(False).head.requires_grad_(True)
+    seen = calls(monkeypatch)
+    for _ in range(2):
+        model(x).sum().backward()
+    assert seen == [True, True]
+    wanted = model.head.weight.grad.clone() / 2
+    model.zero_grad()
+    model.blocks[1].mlp.fc1.weight.requires_grad_(True)
+    model(x).sum().backward()
+    assert seen == [True, True, False]
+    assert torch.allclose(model.head.weight.grad, wanted, rtol=1e-4, atol=1e-6)
+    assert model.blocks[1].mlp.fc1.weight.grad.abs().sum() > 0
+    model.requires_grad_(False)
+    x = x.requires_grad_()
+    model(x).sum().backward()
+    assert x.grad.abs().sum() > 0
+    assert seen == [True, True, False, False]
+
+
+@pytest.mark.parametrize("drop", [{"drop_path_rate": 0.5}, {"proj_drop_rate": 0.5}, {"attn_drop_rate": 0.5}])
+def test_frozen_blocks_that_drop_are_one_by_one(drop: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = small(**drop).train().requires_grad_(False), images()
+    seen = calls(monkeypatch)
+    assert not torch.equal(model(x), model(x))
+    assert seen == [False, False]
 
 
 def test_gradients_and_masks_are_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:

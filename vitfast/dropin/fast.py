@@ -105,7 +105,7 @@ class FastBlock(Fast):
 
 def run_together(module: Fast, blocks: list[Any], x: Tensor, describe: Describe, **how: Any) -> Tensor | None:
     """``BlockStack.run``; the stack is kept with ``module``, but in no copy and no file."""
-    if not ops.runs_unwatched(x) or len({block._vitfast for block in blocks}) != 1:
+    if not ops.is_unwatched(x) or len({block._vitfast for block in blocks}) != 1:
         return None
     stack: BlockStack = module.__dict__.setdefault(_STACK, BlockStack())
     return stack.run(blocks, x, describe, blocks[0]._vitfast.backend, **how)

@@ -46,7 +46,7 @@ class FirstTokenModel(Fast):
         raise NotImplementedError
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        found = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else self.sequence_and_norm()
+        found = None if torch.compiler.is_compiling() else self.sequence_and_norm()
         if found is None or any(map(watched, found)) or not _is_of_each_token(found[1]):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         before = getattr(_calls, "sequence", None)

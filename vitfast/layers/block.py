@@ -147,7 +147,9 @@ class Block(nn.Module):
     def halves(self) -> Halves | None:
         """What ``BlockStack`` may compute in this block's place at inference, or None where its code has to run."""
         attn, mlp, (scale1, scale2) = self.attn, self.mlp, self.scales()
-        if type(self) not in BLOCKS.values() or self.training:
+        training = any(part.training for part in (self, attn, mlp, self.drop_path1, self.drop_path2))
+        draws = training and max(self._drops(), self.drop_path1.drop_prob, self.drop_path2.drop_prob) > 0.0
+        if type(self) not in BLOCKS.values() or draws:
             return None
         between = (attn.q_norm, attn.k_norm, attn.norm, mlp.norm)
         if not all(isinstance(part, nn.Identity) for part in between) or not untouched(self):
@@ -157,13 +159,16 @@ class Block(nn.Module):
         return Halves(
             AttentionHalf(norm1, attn.qkv_layers(), attn.num_heads, attn.head_dim**-0.5, proj, gamma=scale1),
             MlpHalf(norm2, mlp.hidden_layers(), mlp.activation, fc2, gamma=scale2),
-            self.precision,
+            "float" if self.training else self.precision,
         )
+
+    def _drops(self) -> float:
+        """The highest probability of dropping one of a token's numbers."""
+        return max(self.attn.attn_drop, self.attn.proj_drop, self.mlp.drop)
 
     def gives_class_token(self, tokens: Tokens) -> bool:
         """Whether ``class_token`` is the same function: no masks, no dropout that draws for every token, nothing watches."""
-        draws = self.training and max(self.attn.attn_drop, self.attn.proj_drop, self.mlp.drop) > 0.0
-        return tokens.alike and not draws and untouched(self) and not watched(self)
+        return tokens.alike and not (self.training and self._drops() > 0.0) and untouched(self) and not watched(self)
 
     def add_attention(self, x_BLD: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
         """x + attention(norm1(x)), and q, k and v [B, L, C] where they passed through here."""

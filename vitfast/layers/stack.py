@@ -1,4 +1,4 @@
-"""Plain blocks one after the other in one call of C++, for inference on CPUs: calling the blocks of a ViT-Ti one by one takes
+"""Plain blocks one after the other in one call of C++, where no gradient is wanted, on CPUs: calling the blocks of a ViT-Ti one by one takes
 Python as long as their arithmetic takes the CPU at batch 1.
 
 What a call needs is collected once (``_Plan``) and asked at every call whether it is still true: the same modules with the
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vitfast.layers.halves import AttentionHalf, Halves, Linear, MlpHalf
 from vitfast.layers.untouched import hooks_of, watched
-from vitfast.ops import Rope, runs_unwatched, weight_cache
+from vitfast.ops import Rope, is_unwatched, weight_cache
 from vitfast.ops.arguments import ACTIVATIONS, product_dtype
 from vitfast.ops.dispatch import choose
 from vitfast.ops.raw_cpu import CpuKernels
@@ -50,11 +50,16 @@ class BlockStack:
         first_token: [B, 1, D], the first token alone.
         inside: the one block is being called, so that its own hooks run anyhow.
         """
-        if x_BLD.device.type != "cpu" or not blocks or not runs_unwatched(x_BLD):
+        if x_BLD.device.type != "cpu" or not blocks or not is_unwatched(x_BLD):
+            return None
+        if torch.is_grad_enabled() and (x_BLD.requires_grad or _trains(blocks[0])):
             return None
         if self._plan is None or not self._plan.fits(blocks, x_BLD):
             self._plan = _Plan.of(blocks, x_BLD, describe, backend, inside)
-        return None if self._plan is None else self._plan.run(x_BLD, rope, first_token)
+        if self._plan is None or (torch.is_grad_enabled() and self._plan.modules.want_gradients()):
+            return None
+        with torch.no_grad():
+            return self._plan.run(x_BLD, rope, first_token)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BlockStack:
         return BlockStack()
@@ -107,7 +112,8 @@ class _Plan:
         if halves[0].precision == "float" and dtype not in kernels.own_dtypes:
             return None
         try:
-            plan = cls(kernels, blocks, halves, x_BLD, dtype, inside)
+            with torch.no_grad():
+                plan = cls(kernels, blocks, halves, x_BLD, dtype, inside)
         except _NotKept:
             return None
         return plan if plan.fits(blocks, x_BLD) else None
@@ -205,6 +211,15 @@ class _Modules:
             )
         except (RuntimeError, ValueError):  # an attribute is another tensor or array now, and has no one truth
             return False
+
+    def want_gradients(self) -> bool:
+        """Whether one of their parameters does."""
+        return any(tensor.requires_grad for tensor in self.tensors)
+
+
+def _trains(block: nn.Module) -> bool:
+    """Whether the first parameter wants a gradient, as in most models that are trained: they need no plan."""
+    return next((p.requires_grad for p in block.parameters()), False)
 
 
 def _alike(block: Halves) -> tuple[Any, ...]:

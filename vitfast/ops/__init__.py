@@ -6,7 +6,7 @@ from .dispatch import backends
 from .heads import HeadNorm, Rope
 from .int8_linear import int8_linear
 from .layer_norm import add_layer_norm, layer_norm
-from .library import extension_status, runs_unwatched
+from .library import extension_status, is_unwatched
 from .linear import linear
 from .linear_residual import linear_residual
 from .mlp import mlp
@@ -23,6 +23,7 @@ __all__ = [
     "backends",
     "extension_status",
     "int8_linear",
+    "is_unwatched",
     "layer_norm",
     "linear",
     "linear_residual",
@@ -31,6 +32,5 @@ __all__ = [
     "norm_linear",
     "norm_mlp",
     "patch_embed",
-    "runs_unwatched",
     "weight_cache",
 ]

@@ -55,7 +55,7 @@ def register(
     def call(*args: Any) -> Any:
         if args[-1] == COMPOSITE:
             return run(*args)
-        if _is_unwatched(*args):
+        if is_unwatched(*args):
             if not torch.is_grad_enabled():
                 return run(*args)
             if function:
@@ -63,18 +63,13 @@ def register(
         return run(*args[:-1], COMPOSITE) if _sees_only_pytorch() else op(*args)
 
     def call_gradient(*args: Any) -> Any:
-        return run(*args) if runs_unwatched(*args) else op(*args)
+        return run(*args) if not torch.is_grad_enabled() and is_unwatched(*args) else op(*args)
 
     return call_gradient if name.endswith("_backward") else call
 
 
-def runs_unwatched(*args: Any) -> bool:
-    """Whether only the kernels could tell that an op with these arguments was not dispatched."""
-    return not torch.is_grad_enabled() and _is_unwatched(*args)
-
-
-def _is_unwatched(*args: Any) -> bool:
-    """The same of whoever looks on besides autograd."""
+def is_unwatched(*args: Any) -> bool:
+    """Whether, autograd aside, only the kernels could tell that an op with these arguments was not dispatched."""
     if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
