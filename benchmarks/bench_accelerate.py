@@ -31,7 +31,8 @@ OPS = ("accelerate", "accelerate_train")
 PEERS = ("timm", "torchvision", "transformers")
 DEFAULTS: dict[str, int | str] = {"model": "timm/vit_small_patch16_dinov3", "B": 8}
 _CPU: list[dict[str, int | str]] = [
-    {"model": name}
+    {"model": name, "B": batch}
+    for batch in (8, 1)
     for name in (
         "timm/vit_tiny_patch16_224",
         "timm/vit_small_patch16_dinov3",

@@ -50,7 +50,7 @@ STEPS = (
     Step("model", "standard", 9),
     Step("train", "standard", 4),
     Step("model", "growth", 8),
-    Step("accelerate", "standard", 6),
+    Step("accelerate", "standard", 9),
     Step("attention", "standard", 4),
     Step("mlp", "standard", 3),
     Step("memory", "standard", 2),

@@ -4,7 +4,9 @@ after the first call is seen by the next."""
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -278,6 +280,33 @@ def test_frozen_blocks_while_gradients_are_on(name: str, calls: list[tuple[int, 
         assert (ours.grad is None) == (theirs.grad is None)
         if theirs.grad is not None and theirs.grad.norm() > 1e-3:
             assert error(ours.grad, theirs.grad) <= 1e-4
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_a_model_that_ran_goes_away_at_once(name: str) -> None:
+    _, model, inputs = pair(name)
+    infer(model, inputs)
+    gone = [weakref.ref(module) for module in model.modules()]
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert not any(module() for module in gone)
+    finally:
+        gc.enable()
+
+
+def test_weights_of_two_dtypes_multiply_in_their_own(calls: list[tuple[int, bool]]) -> None:
+    model = vitfast.create_model("vit_tiny_patch16_224", depth=2, img_size=64).eval()
+    for block in model.blocks:
+        block.mlp.bfloat16()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        model(x)
+        assert not calls
+        with torch.autocast("cpu", torch.bfloat16):
+            model(x)
+    assert len(calls) == (torch.bfloat16 in CpuKernels().own_dtypes)
 
 
 def test_slices_of_a_sequence_run_together(calls: list[tuple[int, bool]]) -> None:

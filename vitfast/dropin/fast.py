@@ -1,13 +1,14 @@
 """Modules whose class was exchanged for a subclass with a faster ``forward``.
 
-A replaced module is the same object with the same parameters, buffers, hooks and children; only ``__class__`` and two
-attributes differ. So state dicts, optimizers, ``isinstance``, ``.to()``, deepcopy and pickle see what they saw before.
+A replaced module is the same object with the same parameters, buffers, hooks and children; only ``__class__`` and one
+attribute differ. So state dicts, optimizers, ``isinstance``, ``.to()``, deepcopy and pickle see what they saw before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from vitfast.layers.stack import BlockStack, Describe
 from vitfast.ops.arguments import autocast_dtype
 
 _OPTIONS = "_vitfast"
-_STACK = "_vitfast_stack"
+_stacks: WeakKeyDictionary[nn.Module, BlockStack] = WeakKeyDictionary()  # what one call of a module's blocks takes
 
 
 class Fast:
@@ -52,8 +53,7 @@ def swap(module: nn.Module, fast: type[nn.Module], options: Options) -> None:
 def unswap(module: Any) -> None:
     """Undo :func:`swap`."""
     module.__class__ = module.original_class()
-    for name in (_OPTIONS, _STACK):
-        module.__dict__.pop(name, None)
+    module.__dict__.pop(_OPTIONS, None)
 
 
 def set_options(module: Any, options: Options) -> None:
@@ -103,11 +103,13 @@ class FastBlock(Fast):
         raise NotImplementedError
 
 
-def run_together(module: Fast, blocks: list[Any], x: Tensor, describe: Describe, **how: Any) -> Tensor | None:
-    """``BlockStack.run``; the stack is kept with ``module``, but in no copy and no file."""
+def run_together(module: nn.Module, blocks: list[Any], x: Tensor, describe: Describe, **how: Any) -> Tensor | None:
+    """``BlockStack.run``, by a stack that lives as long as ``module``."""
     if not ops.is_unwatched(x) or len({block._vitfast for block in blocks}) != 1:
         return None
-    stack: BlockStack = module.__dict__.setdefault(_STACK, BlockStack())
+    stack = _stacks.get(module)
+    if stack is None:
+        stack = _stacks.setdefault(module, BlockStack())
     return stack.run(blocks, x, describe, blocks[0]._vitfast.backend, **how)
 
 

@@ -1,5 +1,5 @@
-"""Plain blocks one after the other in one call of C++, where no gradient is wanted, on CPUs: calling the blocks of a ViT-Ti one by one takes
-Python as long as their arithmetic takes the CPU at batch 1.
+"""Plain blocks one after the other in one call of C++, on CPUs and where no gradient is wanted: calling the blocks of a ViT-Ti
+one by one takes Python as long as their arithmetic takes the CPU at batch 1.
 
 What a call needs is collected once (``_Plan``) and asked at every call whether it is still true: the same modules with the
 same classes, attributes and parameters, no hooks, weights unchanged since they were packed. B images, L tokens, D width.
@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from vitfast.layers.halves import AttentionHalf, Halves, Linear, MlpHalf
 from vitfast.layers.untouched import hooks_of, watched
 from vitfast.ops import Rope, is_unwatched, weight_cache
-from vitfast.ops.arguments import ACTIVATIONS, product_dtype
+from vitfast.ops.arguments import ACTIVATIONS, autocast_dtype, product_dtype
 from vitfast.ops.dispatch import choose
 from vitfast.ops.raw_cpu import CpuKernels
 
 Describe = Callable[[], Sequence[Halves | None]]  # what each block computes with, None where its own code has to run
 
-
-_NOTHING = torch.empty(0)  # in the place of a parameter that is not there
+_NOTHING = torch.empty(0, device="cpu")  # in the place of a parameter that is not there
 
 
 class BlockStack:
@@ -106,6 +105,8 @@ class _Plan:
         dtype = product_dtype(x_BLD, halves[0].attention.proj.weight)
         if x_BLD.dtype not in (dtype, torch.float32):
             return None
+        if autocast_dtype(x_BLD) is None and any(w.dtype != dtype for one in halves for w in _weights(one)):
+            return None
         kernels = choose("norm_attention", x_BLD, backend, dtype)
         if not isinstance(kernels, CpuKernels):
             return None
@@ -179,31 +180,34 @@ class _Plan:
 
 
 class _Modules:
-    """Blocks with all their parts, as they were. Compared as whole lists: one by one would take as long as a block."""
+    """Blocks with all their parts, as they were. Compared as whole lists: one by one would take as long as a block.
+
+    The blocks themselves are not held on to, so that whoever keeps a stack beside a block does not keep the block.
+    """
 
     def __init__(self, blocks: Sequence[nn.Module], inside: bool) -> None:
-        self.blocks = list(blocks)
-        self.modules = [module for block in blocks for module in block.modules()]
-        self.kinds = [type(module) for module in self.modules]
-        self.attributes = [dict(module.__dict__) for module in self.modules]
-        self.tables = [module._modules for module in self.modules]
+        self.parts = [module for block in blocks for module in block.modules() if module is not block]
+        modules = [*blocks, *self.parts]
+        self.kinds = [type(module) for module in modules]
+        self.attributes = [dict(module.__dict__) for module in modules]
+        self.tables = [module._modules for module in modules]
         self.children = [dict(table) for table in self.tables]
-        held = [table for module in self.modules for table in (module._parameters, module._buffers)]
+        held = [table for module in modules for table in (module._parameters, module._buffers)]
         self.entries = [(table, name, tensor) for table in held for name, tensor in table.items()]
         self.tensors = [tensor for _, _, tensor in self.entries if tensor is not None]
         self.places = [(tensor.data_ptr(), tensor.dtype) for tensor in self.tensors]
-        quiet = [module for module in self.modules if not (inside and module in self.blocks)]
+        quiet = self.parts if inside else modules
         self.hooks = [hooks for module in quiet for hooks in hooks_of(module)]
         self.watched = any(map(watched, quiet))
 
     def are_still(self, blocks: Sequence[nn.Module]) -> bool:
         """Whether these are the same, and unwatched."""
+        modules = [*blocks, *self.parts]
         try:
             return (
                 not self.watched
-                and list(blocks) == self.blocks
-                and [type(module) for module in self.modules] == self.kinds
-                and [module.__dict__ for module in self.modules] == self.attributes
+                and [type(module) for module in modules] == self.kinds
+                and [module.__dict__ for module in modules] == self.attributes
                 and self.tables == self.children
                 and not any(self.hooks)
                 and all(table.get(name) is tensor for table, name, tensor in self.entries)
@@ -225,9 +229,13 @@ def _trains(block: nn.Module) -> bool:
 def _alike(block: Halves) -> tuple[Any, ...]:
     """What all blocks have to have in common."""
     attention, mlp, precision = block
-    weights = [layer.weight for layer in (*attention.qkv, attention.proj, *mlp.fc1, mlp.fc2)]
-    numbers = attention.heads, attention.scale, attention.norm.eps
-    return *numbers, mlp.activation, precision, *{weight.dtype for weight in weights}
+    return attention.heads, attention.scale, attention.norm.eps, mlp.activation, precision
+
+
+def _weights(block: Halves) -> list[Tensor]:
+    """Of its products."""
+    attention, mlp, _ = block
+    return [layer.weight for layer in (*attention.qkv, attention.proj, *mlp.fc1, mlp.fc2)]
 
 
 def _is_plain(block: Halves) -> bool:
@@ -235,8 +243,13 @@ def _is_plain(block: Halves) -> bool:
     attention, mlp, _ = block
     linears, norms = (*attention.qkv, attention.proj, *mlp.fc1, mlp.fc2), (attention.norm, mlp.norm)
     biases = [bias for layer in linears for bias in layer.bias_parts or (layer.bias,)]
-    weights = [layer.weight for layer in linears]
-    tensors = [attention.gamma, mlp.gamma, *weights, *biases, *(t for norm in norms for t in (norm.weight, norm.bias))]
+    tensors = [
+        attention.gamma,
+        mlp.gamma,
+        *_weights(block),
+        *biases,
+        *(t for norm in norms for t in (norm.weight, norm.bias)),
+    ]
     return (
         attention.plain
         and mlp.plain

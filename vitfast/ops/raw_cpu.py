@@ -207,7 +207,7 @@ class CpuKernels(RawKernels):
 
         def make(*given: Tensor) -> Tensor:
             left = iter(given)
-            return torch.cat([(next(left) if one else torch.zeros(size)).to(dtype) for one in there])
+            return torch.cat([(next(left) if one else torch.zeros(size, device="cpu")).to(dtype) for one in there])
 
         given = tuple(bias for bias in biases if bias is not None)
         return kept(given, ("joined", dtype, there, size), make, size * len(biases) * dtype.itemsize)
