@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from accelerate_checks import HF, HF_DINOV3, ONE_EACH, TORCHVISION, VIT, error, pair, run
+from accelerate_checks import HF, HF_DINOV3, ONE_EACH, TORCHVISION, VIT, assert_same_step, error, pair, run, step
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -320,3 +320,69 @@ def test_slices_of_a_sequence_run_together(calls: list[tuple[int, bool]]) -> Non
     vitfast.accelerate(model, recompute="mlp")
     assert vitfast.report(model).recompute == "mlp"
     assert type(vitfast.restore(model).blocks) is nn.Sequential
+
+
+@pytest.mark.parametrize("mode", ["float32", "bfloat16", "autocast"])
+@pytest.mark.parametrize("name", [*ONE_EACH, *MORE_KINDS])
+def test_in_8_bits(name: str, mode: str, calls: list[tuple[int, bool]]) -> None:
+    original, model, inputs = pair(name, precision="int8")
+    truth = infer(original.double(), {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()})
+    if mode == "bfloat16":
+        model.bfloat16()
+        inputs = {key: value.bfloat16() if value.is_floating_point() else value for key, value in inputs.items()}
+    with torch.autocast("cpu", torch.bfloat16) if mode == "autocast" else nullcontext():
+        first = infer(model, inputs)
+        assert sum(blocks for blocks, _ in calls) == 2
+        assert 1e-4 < error(first, truth) < 5e-2
+        joined = ("k_proj.weight", "qkv.weight", "in_proj_weight")
+        weight = next(p for name, p in model.named_parameters() if name.endswith(joined))
+        with torch.no_grad():
+            weight.mul_(-30)
+        assert not torch.equal(infer(model, inputs), first)
+        vitfast.accelerate(model)
+        floats = infer(model, inputs)
+        vitfast.accelerate(model, precision="int8")
+        assert not torch.equal(infer(model, inputs), floats)
+
+
+def test_8_bits_only_where_no_gradient_is_wanted_and_all_is_plain(calls: list[tuple[int, bool]]) -> None:
+    original, model, inputs = pair(VIT, precision="int8")
+    assert_same_step(step(model, inputs), step(original, inputs))
+    assert not calls
+    floats = vitfast.accelerate(copy.deepcopy(original))
+    for m in (model, floats):
+        m.train().requires_grad_(False)
+    assert torch.equal(infer(model, inputs), infer(floats, inputs))  # training mode
+    for m in (model, floats):
+        m.eval()
+        m.blocks[0].attn.qkv.register_forward_hook(lambda *_: None)
+        m.blocks[1].mlp.fc1.register_forward_hook(lambda *_: None)
+    assert torch.equal(infer(model, inputs), infer(floats, inputs))
+
+
+def test_8_bits_are_reported_verified_and_checked() -> None:
+    original, model, inputs = pair("timm/vit_base_patch16_224", precision="int8")
+    assert vitfast.report(model).precision == "int8"
+    assert "precision=int8" in vitfast.report(model).summary()
+    report = vitfast.verify(model, images=inputs)
+    rows = {row.what: row for row in report.rows if row.dtype == "int8"}
+    assert set(rows) == {"logits", "top-1 changed"}
+    assert 1e-4 < rows["logits"].ours <= 0.1
+    assert rows["logits"].plain <= 1e-5
+    assert report.error("float32") <= 1e-5  # with gradients: floats
+    _, other, inputs = pair(HF, precision="int8")
+    assert {row.what for row in vitfast.verify(other, images=inputs).rows if row.dtype == "int8"} == {
+        "logits",
+        "top-1 changed",
+    }
+    normed = timm.create_model("vit_tiny_patch16_224", pretrained=False, depth=2, img_size=64, qk_norm=True).eval()
+    vitfast.accelerate(normed, precision="int8")
+    rows = vitfast.report(normed).rows
+    assert {row.reason for row in rows if "Block" in row.module} == {
+        "products: floats, for norms of q, k, heads or the hidden layer"
+    }
+    with pytest.raises(ValueError, match="precision is 'int4'; allowed are 'float', 'int8'"):
+        vitfast.accelerate(original, precision="int4")
+    with pytest.raises(ValueError, match="backend is 'torch'; with precision 'int8' allowed are 'auto', 'cpu'"):
+        vitfast.accelerate(original, precision="int8", backend="torch")
+    assert not vitfast.report(original).accelerated

@@ -98,9 +98,9 @@ def verify(
         transformers output keep their names) and of all parameters' gradients against the reference in fp64, beside the
         reference's own error in that dtype. fp32 passes up to 1e-5, others up to 1.2 times the reference's error, and an
         output of a single number (a loss) also up to one rounding: the ratio of two roundings is chance. Both run in eval
-        mode on copies, from the same random state. A model with precision "int8" has two rows more, of a forward pass
-        without gradients in its own dtype: "logits", which pass up to 0.1, and, if ``images`` are given, "top-1 changed": the
-        share of images that get another class than in fp64, which passes up to 0.01.
+        mode on copies, from the same random state. A model with precision "int8" has more rows, of a forward pass
+        without gradients in its own dtype: its outputs, which pass up to 0.1, and, if ``images`` are given and there are logits,
+        "top-1 changed": the share of images that get another class than in fp64, which passes up to 0.01.
 
     Raises:
         ValueError: there is no reference, its parameters have other names, or the size of
@@ -133,8 +133,9 @@ def verify(
                 allowed = max(allowed, torch.finfo(dtype).eps / 2)
             worst = _worst(ours, truth, keys) if what == "gradients" else ("", 0.0)
             rows.append(Row(kind, what, mine, own, allowed, *worst))
-    if isinstance(model, VisionTransformer) and model.config.precision == "int8":
-        rows += _int8_rows(model, reference, forward, inputs, truth[f"{_OUTPUT}logits"], images is not None)
+    if _precision(model) == "int8":
+        truths = {name.removeprefix(_OUTPUT): truth[name] for name in outputs}
+        rows += _int8_rows(model, reference, forward, inputs, truths, images is not None)
     return Report(rows)
 
 
@@ -151,7 +152,7 @@ def _outcome(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)  # for models that draw in eval mode, as masked autoencoders do
         result = _call(model, inputs, dtype, forward)
-    outputs = {_OUTPUT + name: tensor for name, tensor in _tensors(result, "logits")}
+    outputs = {_OUTPUT + name: tensor for name, tensor in _tensors(result, "logits") if tensor.requires_grad}
     generator = torch.Generator().manual_seed(1)
     loss = torch.zeros((), dtype=torch.float64, device=device)
     for tensor in outputs.values():
@@ -177,37 +178,45 @@ def _int8_rows(
     reference: nn.Module,
     forward: Callable[[Any, Tensor], Tensor] | None,
     inputs: Mapping[str, Any],
-    truth: Tensor,
+    truths: Mapping[str, Tensor],
     count_classes: bool,
 ) -> list[Row]:
     dtype = next(model.parameters()).dtype
     reference = copy.deepcopy(reference).to(dtype).eval()
     if isinstance(reference, VisionTransformer):
         reference.set_precision("float")
-    ours = _call(copy.deepcopy(model).eval(), inputs, dtype, None)
-    plain = _call(reference, inputs, dtype, forward)
-
-    def error(x: Tensor) -> float:
-        return float((x.double() - truth).norm() / truth.norm())
-
-    def changed(x: Tensor) -> float:
-        return float((x.argmax(-1) != truth.argmax(-1)).double().mean())
-
-    rows = [Row("int8", "logits", error(ours), error(plain), INT8_ALLOWED)]
-    if count_classes:
-        rows.append(Row("int8", "top-1 changed", changed(ours), changed(plain), INT8_CHANGED_ALLOWED))
+    with torch.random.fork_rng(devices=[]):
+        results = []
+        for call in ((copy.deepcopy(model).eval(), inputs, dtype, None), (reference, inputs, dtype, forward)):
+            torch.manual_seed(0)  # as for ``_outcome``
+            results.append(dict(_tensors(_call(*call), "logits")))
+    ours, plain = results
+    rows = []
+    for name, truth in truths.items():
+        mine, own = (float((x[name].double() - truth).norm() / truth.norm()) for x in (ours, plain))
+        rows.append(Row("int8", name, mine, own, INT8_ALLOWED))
+    if count_classes and "logits" in truths:
+        best = truths["logits"].argmax(-1)
+        mine, own = (float((x["logits"].argmax(-1) != best).double().mean()) for x in (ours, plain))
+        rows.append(Row("int8", "top-1 changed", mine, own, INT8_CHANGED_ALLOWED))
     return rows
 
 
 def _tensors(result: Any, name: str) -> list[tuple[str, Tensor]]:
-    """The float tensors of a result that carry a gradient, named by their path in it."""
+    """The float tensors of a result, named by their path in it."""
     if isinstance(result, Tensor):
-        return [(name, result)] if result.is_floating_point() and result.requires_grad else []
+        return [(name, result)] if result.is_floating_point() else []
     if isinstance(result, Mapping):
         return [pair for key, value in result.items() for pair in _tensors(value, str(key))]
     if isinstance(result, (tuple, list)):
         return [pair for i, value in enumerate(result) for pair in _tensors(value, f"{name}.{i}")]
     return []
+
+
+def _precision(model: nn.Module) -> str:
+    if isinstance(model, VisionTransformer):
+        return model.config.precision
+    return next((module._vitfast.precision for module in model.modules() if isinstance(module, Fast)), "float")
 
 
 def _check_same_parameters(model: nn.Module, reference: nn.Module) -> None:

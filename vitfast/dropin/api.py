@@ -19,6 +19,7 @@ from vitfast.ops import backends
 from vitfast.ops.dispatch import FORCED, check_backend_name
 
 RECOMPUTE = ("none", "fused", "mlp", "block")
+PRECISIONS = ("float", "int8")
 # The ops that replaced modules call; a named backend must be there for each.
 _OPS = ("attention", "layer_norm", "linear_residual", "norm_attention", "norm_linear", "norm_mlp", "patch_embed")
 _log = logging.getLogger("vitfast")
@@ -26,7 +27,7 @@ _log = logging.getLogger("vitfast")
 M = TypeVar("M", bound=nn.Module)
 
 
-def accelerate(model: M, *, backend: str = "auto", recompute: str = "fused") -> M:
+def accelerate(model: M, *, backend: str = "auto", recompute: str = "fused", precision: str = "float") -> M:
     """Run our ops inside a Vision Transformer of timm, torchvision or transformers, or inside a model that contains one.
 
     In place: recognised blocks, patch projections and norms change their class to a subclass with a faster ``forward``
@@ -40,16 +41,18 @@ def accelerate(model: M, *, backend: str = "auto", recompute: str = "fused") -> 
             any order).
         recompute: what backward computes again: "none", "fused" (LayerNorm and activation outputs), "mlp" (also the first
             MLP product) or "block" (keep block inputs only).
+        precision: what blocks multiply in on CPUs in eval mode where no gradient is wanted: "float", or "int8", 8-bit integers
+            (docs/int8.md); with masks, hooks inside, or norms of q and k they stay floats.
 
     Returns:
-        ``model``. A second call only changes ``backend`` and ``recompute``; models of ``vitfast.create_model`` have their
+        ``model``. A second call only changes the options; models of ``vitfast.create_model`` have their
         own and are returned as they are. One line is logged to the logger "vitfast".
 
     Raises:
         ValueError: ``model`` has nothing that is supported (it is not touched), or another argument is a wrong word.
         RuntimeError: a named backend cannot run on this machine; the message has every reason.
     """
-    options = _check(model, backend, recompute)
+    options = _check(model, backend, recompute, precision)
     chosen = adapters(model)
     todo = [(module, kind) for _, module, kind in _replaceable(model, chosen) if kind is not None]
     done = [module for module in model.modules() if isinstance(module, fast.Fast)]
@@ -102,8 +105,7 @@ def report(model: nn.Module) -> AccelerateReport:
             rows.append(ReportRow(path, kind_name(type(module)), "left", (), "not accelerated"))
         else:
             rows.append(ReportRow(path, kind_name(type(module)), "left", (), _why_left(path, module, chosen)))
-    backend, recompute = (None, None) if options is None else options
-    return AccelerateReport(type(model).__name__, rows, backend, recompute)
+    return AccelerateReport(type(model).__name__, rows, *(options or ()))
 
 
 def restore(model: M) -> M:
@@ -135,20 +137,26 @@ def _check_module(model: Any) -> None:
         raise ValueError(f"model is a {type(model).__name__}; allowed: torch.nn.Module")
 
 
-def _check(model: Any, backend: str, recompute: str) -> Options:
+def _check(model: Any, backend: str, recompute: str, precision: str) -> Options:
     _check_module(model)
     check_backend_name(backend)
     if recompute not in RECOMPUTE:
         raise ValueError(f"recompute is {recompute!r}; allowed are {', '.join(map(repr, RECOMPUTE))}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; allowed are {', '.join(map(repr, PRECISIONS))}")
+    if precision == "int8" and backend not in ("auto", "cpu"):
+        raise ValueError(f"backend is {backend!r}; with precision 'int8' allowed are 'auto', 'cpu'")
+    rows = {(row["op"], row["backend"]): row for row in backends()}
+    if precision == "int8" and not rows["int8_linear", "cpu"]["available"]:
+        raise RuntimeError(f"precision 'int8' cannot run: {rows['int8_linear', 'cpu']['reason']}")
     if backend != "auto":
-        rows = {(row["op"], row["backend"]): row for row in backends()}
         for op in _OPS:
             row = rows.get((op, backend)) or rows.get((op, "triton" if backend in FORCED else ""))
             if row is None or not row["available"]:
                 raise RuntimeError(
                     f"backend {backend!r} cannot run {op}: {row['reason'] if row else 'it has no such kernel'}"
                 )
-    return Options(backend, recompute)
+    return Options(backend, recompute, precision)
 
 
 def _replaceable(model: nn.Module, chosen: list[Adapter]) -> Iterator[tuple[str, nn.Module, type[nn.Module] | None]]:
@@ -225,8 +233,16 @@ def _fast_row(path: str, module: fast.Fast, notes: dict[str, str]) -> ReportRow:
     reason = _reasons(parts)
     if isinstance(module, fast.FastBlock):
         training = module.parts(module, "train")
-        reason = "; ".join(filter(None, [reason, _reasons({k: v for k, v in training.items() if k in fused})]))
+        floats = "" if module._vitfast.precision == "float" else _why_floats(parts)
+        reason = "; ".join(filter(None, [reason, floats, _reasons({k: v for k, v in training.items() if k in fused})]))
     return ReportRow(path, kind_name(module.original_class()), action, fused, reason)
+
+
+def _why_floats(parts: dict[str, Any]) -> str:
+    if any(isinstance(part, str) for part in parts.values()):
+        return "products: floats, as a half stays"
+    plain = all(part.plain for part in parts.values())
+    return "" if plain else "products: floats, for norms of q, k, heads or the hidden layer"
 
 
 def _reasons(parts: dict[str, Any]) -> str:

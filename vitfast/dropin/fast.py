@@ -81,7 +81,7 @@ class FastBlock(Fast):
         def describe() -> list[Halves | None]:
             nonlocal found
             found = self.parts(self, "now")
-            return [both_halves(found, x)]
+            return [both_halves(self, found, x)]
 
         if attention_stays is None and not context.masks:
             together = run_together(self, [self], x, describe, rope=context.rope, inside=True)
@@ -103,7 +103,7 @@ class FastBlock(Fast):
         raise NotImplementedError
 
 
-def run_together(module: nn.Module, blocks: list[Any], x: Tensor, describe: Describe, **how: Any) -> Tensor | None:
+def run_together(module: Any, blocks: list[Any], x: Tensor, describe: Describe, **how: Any) -> Tensor | None:
     """``BlockStack.run``, by a stack that lives as long as ``module``."""
     if not ops.is_unwatched(x) or len({block._vitfast for block in blocks}) != 1:
         return None
@@ -120,9 +120,11 @@ def _fits(half: AttentionHalf | MlpHalf | str, x: Tensor) -> bool:
     return keeps_dtype(x, (half.proj if isinstance(half, AttentionHalf) else half.fc2).weight, half.gamma)
 
 
-def both_halves(parts: dict[str, Any], x: Tensor) -> Halves | None:
+def both_halves(block: Any, parts: dict[str, Any], x: Tensor) -> Halves | None:
     """A block's parts where both can run fused on x."""
-    return Halves(parts["attention"], parts["mlp"]) if all(_fits(half, x) for half in parts.values()) else None
+    if not all(_fits(half, x) for half in parts.values()):
+        return None
+    return Halves(parts["attention"], parts["mlp"], "float" if block.training else block._vitfast.precision)
 
 
 def _both(x: Tensor, attention: AttentionHalf, mlp: MlpHalf, options: Options, context: Context) -> Tensor:

@@ -19,10 +19,11 @@ from vitfast.ops.compose import activation_ref
 
 
 class Options(NamedTuple):
-    """How a replaced module runs: the ops' ``backend``, and ``recompute`` ("none", "fused", "mlp" or "block")."""
+    """How a replaced module runs: the ops' ``backend``, ``recompute`` ("none", "fused", "mlp" or "block") and ``precision``."""
 
     backend: str = "auto"
     recompute: str = "fused"
+    precision: str = "float"
 
     @property
     def op_recompute(self) -> str:

@@ -36,6 +36,7 @@ class AccelerateReport:
     rows: list[ReportRow] = field(default_factory=list)
     backend: str | None = None
     recompute: str | None = None
+    precision: str | None = None
 
     @property
     def accelerated(self) -> bool:
@@ -59,7 +60,10 @@ class AccelerateReport:
             counts = Counter(row.module for row in self.rows if row.action == action)
             if counts:
                 parts.append(f"{action} " + ", ".join(f"{n} x {module}" for module, n in counts.items()))
-        return f"{self.model}: {'; '.join(parts)} (backend={self.backend}, recompute={self.recompute})"
+        options = f"backend={self.backend}, recompute={self.recompute}"
+        if self.precision != "float":
+            options += f", precision={self.precision}"
+        return f"{self.model}: {'; '.join(parts)} ({options})"
 
     def __str__(self) -> str:
         lines: dict[tuple[str, ...], list[str]] = {}

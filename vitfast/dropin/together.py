@@ -26,7 +26,7 @@ class Sequential(Fast, nn.Sequential):
                 self,
                 blocks,
                 input,
-                lambda: [both_halves(block.parts(block, "now"), input) for block in blocks],
+                lambda: [both_halves(block, block.parts(block, "now"), input) for block in blocks],
                 first_token=first_token,
             )
             if out is not None:

@@ -128,12 +128,12 @@ class _Plan:
 
     def _linear(self, layers: Sequence[Linear]) -> tuple[Tensor, ...]:
         """Weight, its panels and bias of the layers as one, in the products' dtype; or its integers, start, scale and bias."""
+        weights = tuple(layer.weight for layer in layers)
+        biases = layers[0].bias_parts or tuple(layer.bias for layer in layers)
+        bias = self._bias(biases, sum(map(len, weights)) // len(biases))
         if self.precision == "int8":
-            return self._int8(*layers)
-        weights, first = tuple(layer.weight for layer in layers), layers[0]
-        biases = first.bias_parts or tuple(layer.bias for layer in layers)
-        size = sum(map(len, weights)) // len(biases)
-        return *self._weight(weights), self._bias(biases, size)
+            return *self._keep(weights, self.kernels.int8_weight(weights)), bias
+        return *self._weight(weights), bias
 
     def _weight(self, weights: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         if len(weights) > 1 or weights[0].dtype != self.dtype:
@@ -143,17 +143,11 @@ class _Plan:
             return weights[0], _NOTHING
         return weights[0], self._keep(weights, panels)
 
-    def _int8(self, layer: Linear, *more: Linear) -> tuple[Tensor, ...]:
-        if more or layer.bias_parts:
-            raise _NotKept
-        integers = self._keep((layer.weight,), self.kernels.int8_weight(layer.weight))
-        return *integers, _NOTHING if layer.bias is None else layer.bias
-
     def _bias(self, biases: tuple[Tensor | None, ...], size: int) -> Tensor:
         there = tuple(bias for bias in biases if bias is not None)
         if not there:
             return _NOTHING
-        if len(biases) == 1 and there[0].dtype == self.dtype:
+        if len(biases) == 1 and (there[0].dtype == self.dtype or self.precision == "int8"):
             return there[0]
         return self._keep(there, self.kernels.joined_bias(biases, size, self.dtype))
 

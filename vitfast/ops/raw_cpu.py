@@ -212,10 +212,14 @@ class CpuKernels(RawKernels):
         given = tuple(bias for bias in biases if bias is not None)
         return kept(given, ("joined", dtype, there, size), make, size * len(biases) * dtype.itemsize)
 
-    def int8_weight(self, weight: Tensor) -> Kept | None:
-        """A weight [O, I] as ``int8_linear`` makes it: packed integers, start, scale; None where it would not be kept."""
-        outputs, inputs = weight.shape
-        return kept((weight,), "int8", self._pack_int8, outputs * (inputs + 8))
+    def int8_weight(self, weights: tuple[Tensor, ...]) -> Kept | None:
+        """Weights [O, I] below one another as ``int8_linear`` makes one: packed integers, start, scale; None where it would not be
+        kept."""
+        if len(weights) == 1:
+            kind, make = "int8", self._pack_int8
+        else:
+            kind, make = "int8 joined", lambda *parts: self._pack_int8(torch.cat(parts))
+        return kept(weights, kind, make, sum(weight.numel() + 8 * len(weight) for weight in weights))
 
     @property
     def _pack_int8(self) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
