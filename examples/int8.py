@@ -1,7 +1,8 @@
 """What int8 costs and gains: predictions of a model trained here against fp32, and the speed of ViT-B/16 on this CPU.
 
 Trains the demo's ViT on scikit-learn's digits unless given one, compares every precision with fp32 on its test images, and times
-a forward pass in fp32, bf16 and int8, in turn, with as many threads as PyTorch has. Writes JSON and prints tables:
+a forward pass in fp32, bf16 and int8, in turn, with as many threads as PyTorch has; with --timm timm's model as well, as it is and
+accelerated. Writes JSON and prints tables:
 
     python examples/int8.py --checkpoint runs/demo/vit/last.pt --out docs/int8.json
 """
@@ -40,6 +41,9 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="a model trained before; default: train one")
     parser.add_argument("--run", type=Path, default=Path("runs/int8"), help="folder of the training run")
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 1], help="batch sizes to time; none with 0")
+    parser.add_argument(
+        "--timm", action="store_true", help="time timm's model too, before and after vitfast.accelerate"
+    )
     parser.add_argument("--rounds", type=int, default=9, help="timings of each, the median counts")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
@@ -49,7 +53,7 @@ def main() -> None:
     result: dict[str, Any] = {"threads": torch.get_num_threads(), "torch": torch.__version__}
     result["agreement"] = agreement(checkpoint)
     print(agreement_table(result["agreement"]))
-    result["speed"] = [speed(batch, args.rounds) for batch in args.batches if batch]
+    result["speed"] = [speed(batch, args.rounds, args.timm) for batch in args.batches if batch]
     for row in result["speed"]:
         print(speed_table(row))
     if args.out:
@@ -91,18 +95,35 @@ def agreement(checkpoint: Path) -> dict[str, Any]:
     return {"model": content["model"]["name"], "dataset": info.name, "images": len(labels), "rows": rows}
 
 
+def theirs() -> dict[str, tuple[nn.Module, torch.dtype]]:
+    """timm's model as it is and accelerated."""
+    import timm
+
+    found: dict[str, tuple[nn.Module, torch.dtype]] = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        model = timm.create_model(SPEED_MODEL).to(dtype).eval()
+        found[f"timm, {name}"] = model, dtype
+        for products in ("float", "int8"):
+            ours = vitfast.accelerate(copy.deepcopy(model), precision=products)
+            found[f"timm accelerated, {name}{'' if products == 'float' else ' parameters, int8'}"] = ours, dtype
+    return found
+
+
 @torch.no_grad()
-def speed(batch: int, rounds: int) -> dict[str, Any]:
+def speed(batch: int, rounds: int, with_timm: bool) -> dict[str, Any]:
     """Median milliseconds of a forward pass in each precision, the precisions taking turns."""
     torch.manual_seed(0)
     model = vitfast.create_model(SPEED_MODEL)
     images = torch.randn(batch, 3, 224, 224)
+    models = {precision: at(model, precision) for precision in PRECISIONS} | (theirs() if with_timm else {})
     weight_cache.clear()
     runs: dict[str, Any] = {}
-    for precision in PRECISIONS:
-        copied, dtype = at(model, precision)
-        runs[precision] = (copied, images.to(dtype))
-        copied(runs[precision][1])
+    kept: dict[str, int] = {}
+    for name, (copied, dtype) in models.items():
+        runs[name] = (copied, images.to(dtype))
+        before = weight_cache.size_bytes()
+        copied(runs[name][1])
+        kept[name] = weight_cache.size_bytes() - before
     times: dict[str, list[float]] = {precision: [] for precision in runs}
     for _ in range(rounds):
         for precision, (copied, given) in runs.items():
@@ -116,7 +137,7 @@ def speed(batch: int, rounds: int) -> dict[str, Any]:
         "ms": {precision: round(value, 2) for precision, value in median.items()},
         "spread_ms": {precision: [round(min(found), 2), round(max(found), 2)] for precision, found in times.items()},
         "int8_over_bf16": round(median["bf16"] / median["int8, bf16 parameters"], 3),
-        "integers_mb": round(weight_cache.size_bytes() / 2 / 1e6, 1),  # of one model; two here have them
+        "kept_mb": {name: round(size / 1e6, 1) for name, size in kept.items()},  # packed weights and integers
     }
 
 
