@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vitfast.dropin.fast import Fast, FastBlock, both_halves, run_together
 from vitfast.dropin.parts import may_run
+from vitfast.layers.halves import Halves
 from vitfast.layers.untouched import watched
 
 _calls = threading.local()  # .sequence: of which the model that runs reads the first token alone
@@ -21,14 +22,12 @@ class Sequential(Fast, nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         if may_run(input) and holds_blocks(self):
             blocks: list[Any] = list(self)
+
+            def describe() -> list[Halves | None]:
+                return [both_halves(block, block.parts(block, "now"), input) for block in blocks]
+
             first_token = getattr(_calls, "sequence", None) is self
-            out = run_together(
-                self,
-                blocks,
-                input,
-                lambda: [both_halves(block, block.parts(block, "now"), input) for block in blocks],
-                first_token=first_token,
-            )
+            out = run_together(self, blocks, input, describe, first_token=first_token)
             if out is not None:
                 return out
         return super().forward(input)

@@ -98,11 +98,9 @@ class VisionTransformer(FirstTokenModel, vision_transformer.VisionTransformer):
 
     def sequence_and_norm(self) -> tuple[nn.Module, nn.Module] | None:
         encoder = self.encoder
-        return (
-            (encoder.layers, encoder.ln)
-            if why_not_call("encoder", encoder, vision_transformer.Encoder) is None
-            else None
-        )
+        if why_not_call("encoder", encoder, vision_transformer.Encoder):
+            return None
+        return encoder.layers, encoder.ln
 
 
 def adapter() -> Adapter:

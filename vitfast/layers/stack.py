@@ -68,7 +68,7 @@ class BlockStack:
 
 
 class _NotKept(Exception):
-    """A copy of a weight would have to be made at every call."""
+    """A weight's copy, which a plan needs, would not outlive the call."""
 
 
 class _Plan:

@@ -34,9 +34,8 @@ def untouched(module: nn.Module) -> bool:
 
 def watched(part: nn.Module) -> bool:
     """Whether someone looks at what goes into this module or comes out of it."""
-    return (
-        any(hooks_of(part)) or "forward" in part.__dict__
-    )  # an instance's own forward, as offloading libraries set it
+    own_forward = "forward" in part.__dict__  # as offloading libraries set it
+    return own_forward or any(hooks_of(part))
 
 
 def hooks_of(part: nn.Module) -> tuple[dict[int, Any], ...]:
