@@ -36,7 +36,7 @@ aot: $(VENV)/.built
 bench-smoke: $(VENV)/.built
 	@$(BIN)/vitfast bench --preset smoke --out runs/bench-smoke --check benchmarks/results || test $$? -eq 1
 
-# Every benchmark and sweep of this machine in about 50 minutes of its time alone, and what README and docs show of it. Goes on
+# Every benchmark and sweep of this machine in about 55 minutes of its time alone, and what README and docs show of it. Goes on
 # where it was stopped. RESULTS=benchmarks/results/NAME for a name of your own.
 RESULTS ?=
 export RESULTS

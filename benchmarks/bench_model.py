@@ -270,14 +270,14 @@ def forward_work(config: Any, B: int, element: int) -> list[Work]:
 def _providers(models: Models) -> list[Provider]:
     forward = ("forward",)
     found = [
-        Provider("vitfast", _of(models.ours), ours=True, directions=forward),
-        Provider("vitfast torch.compile", compiled(_of(models.ours)), ours=True, directions=forward, slow=True),
+        Provider("vitfast", of_model(models.ours), ours=True, directions=forward),
+        Provider("vitfast torch.compile", compiled(of_model(models.ours)), ours=True, directions=forward, slow=True),
         Provider("pytorch eager", models.reference, directions=forward),
     ]
     label = "torch.compile freezing" if models.device == "cpu" else "torch.compile"
     source: Callable[..., Tensor] = models.reference
     if installed("timm"):
-        timm = attempt("timm", lambda: Provider("timm", _of(models.timm()), directions=forward))
+        timm = attempt("timm", lambda: Provider("timm", of_model(models.timm()), directions=forward))
         found.append(timm)
         source, label = timm.run, f"timm {label}"
     # freezing folds and packs the weights; without it the CPU's compiled model is slower than it has to be
@@ -288,7 +288,7 @@ def _providers(models: Models) -> list[Provider]:
     found.append(Provider(f"{label} max-autotune", best, directions=forward, slow=True))
     if installed("torchvision") and plain_vit(models.ours.config):
         found.append(
-            attempt("torchvision", lambda: Provider("torchvision", _of(models.torchvision()), directions=forward))
+            attempt("torchvision", lambda: Provider("torchvision", of_model(models.torchvision()), directions=forward))
         )
     if models.hugging_face is not None:
         hugging_face = models.place(models.hugging_face)
@@ -298,5 +298,6 @@ def _providers(models: Models) -> list[Provider]:
     return found
 
 
-def _of(model: nn.Module) -> Callable[..., Tensor]:
+def of_model(model: nn.Module) -> Callable[..., Tensor]:
+    """A provider's call of a model."""
     return lambda images: model(images)

@@ -49,10 +49,10 @@ class Gate:
         grads: Sequence[str],
         batched: Sequence[str],
         samples: int | None,
-        dtype: torch.dtype,
+        floor: float,
         truth_of: Run | None = None,
     ) -> Gate:
-        """Run the reference in fp64 on the rounded inputs, and in ``dtype``.
+        """Run the reference in fp64 on the rounded inputs, and in their own dtype.
 
         ``samples`` cuts the ``batched`` inputs, and needs every gradient to be of one of them.
         """
@@ -67,7 +67,7 @@ class Gate:
         truth = outcome(truth_of or reference, exact, grads)
         plain = outcome(reference, low, grads)
         errors = {name: relative_error(plain[name], truth[name]) for name in truth}
-        return cls(truth, errors, samples, FLOOR[dtype])
+        return cls(truth, errors, samples, floor)
 
     def check(self, run: Run, inputs: Inputs, grads: Sequence[str], batched: Sequence[str]) -> tuple[float, str]:
         """(worst error over the error allowed, "" or why the result does not pass)."""

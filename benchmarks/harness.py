@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .gate import Gate, Inputs, Run, cotangent, tensors_of
+from .gate import FLOOR, Gate, Inputs, Run, cotangent, tensors_of
 from .schema import Row
 from .stopwatch import Call, Stopwatch, clocked, kept_mib, peak_mib, synchronize
 
@@ -89,6 +89,7 @@ class Case:
         work: for each direction the parts of the least work.
         batched: names of inputs whose first dimension is the batch.
         gate_samples: hold only the first samples of the batch against fp64; None for all.
+        gate_floor: the error allowed where plain PyTorch is exact; None for the dtype's.
         truth_of: what gives the truth where it is not ``reference`` on fp64 inputs.
         timed: false where only memory is measured.
         hot: leave the inputs in the cache (for the cost of dispatch).
@@ -106,6 +107,7 @@ class Case:
     work: dict[str, list[Work]]
     batched: tuple[str, ...] = ()
     gate_samples: int | None = None
+    gate_floor: float | None = None
     truth_of: Run | None = None
     timed: bool = True
     hot: bool = False
@@ -181,7 +183,7 @@ def run_case(case: Case, machine: Mapping[str, Any], settings: Settings) -> list
         grads,
         case.batched,
         case.gate_samples,
-        TORCH_DTYPE[case.dtype],
+        FLOOR[TORCH_DTYPE[case.dtype]] if case.gate_floor is None else case.gate_floor,
         case.truth_of,
     )
     errors: dict[str, float] = {}

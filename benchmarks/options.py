@@ -11,7 +11,7 @@ from .schema import DIRECTIONS, DTYPES, PRESETS
 if TYPE_CHECKING:
     from .suites import Item, Session
 
-SUITES = ("attention", "patch_embed", "layer_norm", "mlp", "model", "train", "accelerate", "overhead", "memory")
+SUITES = ("attention", "patch_embed", "layer_norm", "mlp", "model", "int8", "train", "accelerate", "overhead", "memory")
 MINUTES = {"overview": 1.7, "smoke": 0.6}  # then no new case starts, so that the last one ends at about two, and one
 TIMINGS = ("device", "host", "graph")
 _DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}

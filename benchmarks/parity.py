@@ -18,7 +18,7 @@ import torch
 from vitfast.ops.dispatch import TABLE
 
 from . import bench_attention, bench_layer_norm, bench_mlp, bench_patch_embed
-from .gate import Gate, Inputs
+from .gate import FLOOR, Gate, Inputs
 from .harness import TORCH_DTYPE, Case, DeviceLost, Provider, raise_if_lost, shape_text
 from .parity_cases import more_cases
 from .schema import write_text
@@ -129,7 +129,7 @@ def sweep(
             if not provider.ours or pair in skip:
                 continue
             if gate is None:
-                gate = Gate.of(case.reference, inputs, case.grads, case.batched, None, TORCH_DTYPE[case.dtype])
+                gate = Gate.of(case.reference, inputs, case.grads, case.batched, None, FLOOR[TORCH_DTYPE[case.dtype]])
             yield f"{name}, {provider.name}", _check(case, gate, inputs, provider, pair)
 
 

@@ -18,6 +18,7 @@ import torch
 from . import (
     bench_accelerate,
     bench_attention,
+    bench_int8,
     bench_layer_norm,
     bench_mlp,
     bench_model,
@@ -65,6 +66,7 @@ SUITES = {
     "layer_norm": _suite(bench_layer_norm),
     "mlp": _suite(bench_mlp),
     "model": _suite(bench_model, long=("pytorch eager", "torchvision", "transformers")),
+    "int8": _suite(bench_int8, {"cpu": ("bfloat16",), "cuda": ("bfloat16",)}),
     "train": _suite(bench_train, _TRAIN_DTYPES, _LONG_TRAIN),
     "accelerate": _suite(bench_accelerate, _TRAIN_DTYPES),
     "overhead": _suite(bench_overhead, {"cpu": ("float32",), "cuda": ("bfloat16",)}),

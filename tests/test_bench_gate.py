@@ -83,7 +83,7 @@ def test_the_gate_can_hold_the_first_samples_only() -> None:
     assert notes["good"] == notes["late"] == ""
     assert "result" in notes["early"]
     with pytest.raises(ValueError, match="need the whole batch"):
-        gate.Gate.of(case.reference, case.inputs(), ("x",), (), 2, torch.float32)
+        gate.Gate.of(case.reference, case.inputs(), ("x",), (), 2, 0.0)
 
 
 def test_one_call_over_the_limit_gets_a_note_and_no_time() -> None:

@@ -1,6 +1,6 @@
 """How fast is it here: kernels and models beside plain PyTorch and other libraries, and how far from the machine's floor.
 
-Without a name: an overview of two minutes. `vitfast bench all --out DIR` runs every suite and its sweeps in about 50 minutes, and
+Without a name: an overview of two minutes. `vitfast bench all --out DIR` runs every suite and its sweeps in about 55 minutes, and
 goes on where it stopped. `vitfast bench report DIR` makes tables and plots of saved results."""
 
 import argparse
