@@ -381,6 +381,10 @@ def test_8_bits_are_reported_verified_and_checked() -> None:
     assert {row.reason for row in rows if "Block" in row.module} == {
         "products: floats, for norms of q, k, heads or the hidden layer"
     }
+    with torch.device("meta"):
+        elsewhere = timm.create_model("vit_tiny_patch16_224", pretrained=False, depth=2, img_size=64)
+    vitfast.accelerate(elsewhere, precision="int8")
+    assert "products: floats, on meta" in str(vitfast.report(elsewhere))
     with pytest.raises(ValueError, match="precision is 'int4'; allowed are 'float', 'int8'"):
         vitfast.accelerate(original, precision="int4")
     with pytest.raises(ValueError, match="backend is 'torch'; with precision 'int8' allowed are 'auto', 'cpu'"):

@@ -241,6 +241,9 @@ def _fast_row(path: str, module: fast.Fast, notes: dict[str, str]) -> ReportRow:
 def _why_floats(parts: dict[str, Any]) -> str:
     if any(isinstance(part, str) for part in parts.values()):
         return "products: floats, as a half stays"
+    device = parts["mlp"].fc2.weight.device.type
+    if device != "cpu":
+        return f"products: floats, on {device}"
     plain = all(part.plain for part in parts.values())
     return "" if plain else "products: floats, for norms of q, k, heads or the hidden layer"
 

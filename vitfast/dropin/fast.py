@@ -54,6 +54,7 @@ def unswap(module: Any) -> None:
     """Undo :func:`swap`."""
     module.__class__ = module.original_class()
     module.__dict__.pop(_OPTIONS, None)
+    _stacks.pop(module, None)
 
 
 def set_options(module: Any, options: Options) -> None:
