@@ -230,7 +230,7 @@ def floor(rows: Sequence[Row], machine: dict[str, Any]) -> Any:
     )
     axis.set_xlabel(f"share of the floor's speed on {machine['name']} (1: its copy or multiply-add rate)")
     axis.grid(axis="x", alpha=0.3)
-    axis.legend(loc="upper right", fontsize=8)
+    axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=8, frameon=False)  # above the bars
     return figure
 
 
