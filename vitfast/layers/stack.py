@@ -88,7 +88,7 @@ class _Plan:
         self.precision = halves[0].precision
         self.modules = _Modules(blocks, inside)
         self.generation = weight_cache.generation()
-        self.kept: list[tuple[tuple[Tensor, ...], weight_cache.Kept]] = []
+        self.copied: list[tuple[weight_cache.Source, Tensor]] = []  # weights that copies were made of
         self.parameters = [p.detach() for one in halves for p in self._parameters(one.attention, one.mlp)]
         attention, mlp, _ = halves[0]
         self.options = attention.heads, attention.scale, attention.norm.eps, mlp.activation
@@ -154,7 +154,7 @@ class _Plan:
     def _keep(self, sources: tuple[Tensor, ...], entry: weight_cache.Kept | None) -> Any:
         if entry is None:
             raise _NotKept
-        self.kept.append((sources, entry))
+        self.copied.extend(zip(entry.sources, sources, strict=True))
         return entry.value
 
     def fits(self, blocks: Sequence[nn.Module], x_BLD: Tensor) -> bool:
@@ -164,7 +164,7 @@ class _Plan:
             and product_dtype(x_BLD, self.weight) == self.dtype
             and self.modules.are_still(blocks)
             and self.generation == weight_cache.generation()
-            and all(entry.fits(*sources) for sources, entry in self.kept)
+            and all(source.fits(weight) for source, weight in self.copied)
         )
 
     def run(self, x_BLD: Tensor, rope: Rope | None, first_token: bool) -> Tensor:

@@ -27,7 +27,7 @@ Value = TypeVar("Value")
 _SAMPLES = 8  # words of 64 bits, evenly spread
 
 
-class _Source:
+class Source:
     """A weight as it was when a value was made from it."""
 
     def __init__(self, weight: Tensor) -> None:
@@ -50,7 +50,7 @@ class Kept:
 
     value: Any
     nbytes: int
-    sources: tuple[_Source, ...]
+    sources: tuple[Source, ...]
 
     def fits(self, *weights: Tensor) -> bool:
         """Whether the weights are still what the value was made from."""
@@ -183,7 +183,7 @@ def _can_keep(weight: Tensor) -> bool:
 
 
 def _make_entry(weights: tuple[Tensor, ...], make: Callable[..., Any]) -> Kept:
-    sources = tuple(map(_Source, weights))  # before making: a change meanwhile shows at the next call
+    sources = tuple(map(Source, weights))  # before making: a change meanwhile shows at the next call
     with torch.inference_mode(False), torch.no_grad():
         value = make(*(weight.detach() for weight in weights))
     return Kept(value, sum(t.untyped_storage().nbytes() for t in _tensors(value)), sources)
