@@ -16,9 +16,9 @@ from torch import nn
 from vitfast.dropin.api import accelerate
 from vitfast.verification import INT8_ALLOWED
 
-from .bench_model import DEFAULTS, OPTIONAL, Models, check, forward_work, of_model
+from .bench_model import DEFAULTS, OPTIONAL, Models, check, forward_case, of_model
 from .graph_runtimes import graph_runtimes
-from .harness import TORCH_DTYPE, Case, Provider
+from .harness import Case, Provider
 from .peers import attempt, installed
 
 __all__ = ["DEFAULTS", "OPS", "OPTIONAL", "PEERS", "SHAPES", "case", "check"]
@@ -43,22 +43,7 @@ _FORWARD = ("forward",)
 
 
 def case(op: str, shape: dict[str, int | str], dtype: str, device: str) -> Case:
-    models = Models(shape, dtype, device)
-    return Case(
-        op=op,
-        shape=shape,
-        dtype=dtype,
-        device=device,
-        inputs=lambda: {"images": models.images()},
-        grads=(),
-        reference=models.reference,
-        truth_of=models.reference,
-        providers=functools.partial(_providers, models),
-        work={"forward": forward_work(models.ours.config, models.batch, TORCH_DTYPE[dtype].itemsize)},
-        batched=("images",),
-        timing="host",
-        gate_floor=INT8_ALLOWED,
-    )
+    return forward_case(op, shape, dtype, device, _providers, gate_floor=INT8_ALLOWED)
 
 
 def _providers(models: Models) -> list[Provider]:

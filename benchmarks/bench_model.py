@@ -67,8 +67,19 @@ _GATE_SAMPLES = 2
 
 
 def case(op: str, shape: dict[str, int | str], dtype: str, device: str) -> Case:
+    return forward_case(op, shape, dtype, device, _providers, gate_samples=min(_GATE_SAMPLES, int(shape["B"])))
+
+
+def forward_case(
+    op: str,
+    shape: dict[str, int | str],
+    dtype: str,
+    device: str,
+    providers: Callable[[Models], list[Provider]],
+    **gate: Any,
+) -> Case:
+    """A forward pass of one architecture by ``providers``; ``gate``: what Case takes beside."""
     models = Models(shape, dtype, device)
-    kind = TORCH_DTYPE[dtype]
     return Case(
         op=op,
         shape=shape,
@@ -78,11 +89,11 @@ def case(op: str, shape: dict[str, int | str], dtype: str, device: str) -> Case:
         grads=(),
         reference=models.reference,
         truth_of=models.reference,
-        providers=functools.partial(_providers, models),
-        work={"forward": forward_work(models.ours.config, models.batch, kind.itemsize)},
+        providers=functools.partial(providers, models),
+        work={"forward": forward_work(models.ours.config, models.batch, TORCH_DTYPE[dtype].itemsize)},
         batched=("images",),
-        gate_samples=min(_GATE_SAMPLES, models.batch),
         timing="host",
+        **gate,
     )
 
 

@@ -9,6 +9,7 @@
 
 #include "attention_heads.h"
 #include "check.h"
+#include "forward.h"
 #include "scratch.h"
 
 // What whole blocks at inference share, in floats (halves.cpp) and in 8-bit integers (int8_halves.cpp). Shapes: B
@@ -70,6 +71,19 @@ struct Rotation {
     OptionalTensor cos, sin;
     bool interleaved = false;
 };
+
+// out[T, H * E] = attention of qkv[T, 3, H, E], in the order of TileRows with in_tiles.
+inline void attend(const Tensor& qkv, double scale, const Rotation& rotation, const Tensor& cu_seqlens,
+                   int64_t max_seqlen, const Tensor& out, bool in_tiles = false) {
+    const int64_t rows = qkv.size(0), heads = qkv.size(2);
+    const Temporary lse({heads, rows}, kFloat);
+    attention_forward(qkv, scale, {}, {}, rotation.cos, rotation.sin, rotation.interleaved, "", "", {}, {}, {}, {}, 0.0,
+                      0.0, cu_seqlens, max_seqlen, torch::stable::view(out, {rows, heads, qkv.size(3)}), *lse,
+                      in_tiles);
+}
+
+// Rows [first, first + count) of x.
+inline Tensor narrow(Tensor x, int64_t first, int64_t count) { return torch::stable::narrow(x, 0, first, count); }
 
 // to[B, D] = the first of every L rows of from[B * L, D].
 inline void first_rows(const Tensor& from, int64_t length, const Temporary& to) {

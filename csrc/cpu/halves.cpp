@@ -53,13 +53,10 @@ void norm_attention(const Tensor& x, const Tensor& norm_weight, const Tensor& no
     const int64_t rows = x.size(0), head_dim = head_dim_of(qkv_weight.size(0), heads), outputs = 3 * heads * head_dim;
     const Temporary qkv({rows, 3, heads, head_dim}, dtype);
     const Between normed(rows, x.size(1), dtype), attended(rows, heads * head_dim, dtype, head_dim);
-    const Temporary lse({heads, rows}, kFloat);
     norm(x, norm_weight, norm_bias, eps, *normed, normed.tiles());
     linear(*normed, qkv_weight, false, qkv_packed, qkv_bias, "none", {}, {}, {}, {},
            torch::stable::view(*qkv, {rows, outputs}), {normed.tiles(), nullptr});
-    attention_forward(*qkv, scale, {}, {}, rotation.cos, rotation.sin, rotation.interleaved, "", "", {}, {}, {}, {},
-                      0.0, 0.0, cu_seqlens, max_seqlen, torch::stable::view(*attended, {rows, heads, head_dim}), *lse,
-                      attended.tiles() != nullptr);
+    attend(*qkv, scale, rotation, cu_seqlens, max_seqlen, *attended, attended.tiles() != nullptr);
     linear(*attended, proj_weight, false, proj_packed, proj_bias, "none", x, proj_scale, {}, {}, out,
            {attended.tiles(), nullptr});
 }
@@ -116,12 +113,6 @@ struct Rows {
         if (first + count < outputs && count % kPanelColumns != 0) return;
         const int64_t words = all_packed->size(0) / outputs;
         packed = narrow(*all_packed, first * words, count * words);
-    }
-
-  private:
-    static Tensor narrow(const Tensor& x, int64_t first, int64_t count) {
-        Tensor same = x;
-        return torch::stable::narrow(same, 0, first, count);
     }
 };
 

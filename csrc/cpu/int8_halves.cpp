@@ -37,9 +37,6 @@ struct Int8Layer {
         if (bias.has_value()) some.bias = narrow(*bias, first, count);
         return some;
     }
-
-  private:
-    static Tensor narrow(Tensor x, int64_t first, int64_t count) { return torch::stable::narrow(x, 0, first, count); }
 };
 
 // LayerNorm's two, in fp32.
@@ -100,12 +97,9 @@ struct Int8Block {
 
     void attention(const Tensor& x, const Tensor& cu_seqlens, int64_t max_seqlen, const Tensor& out) const {
         const int64_t rows = x.size(0);
-        const Temporary mixed({rows, 3, heads, head_dim}, kBFloat16), attended({rows, heads * head_dim}, kBFloat16),
-            lse({heads, rows}, kFloat);
+        const Temporary mixed({rows, 3, heads, head_dim}, kBFloat16), attended({rows, heads * head_dim}, kBFloat16);
         normed(x, norm1, qkv, "none", torch::stable::view(*mixed, {rows, qkv.outputs()}));
-        attention_forward(*mixed, scale, {}, {}, rotation.cos, rotation.sin, rotation.interleaved, "", "", {}, {}, {},
-                          {}, 0.0, 0.0, cu_seqlens, max_seqlen, torch::stable::view(*attended, {rows, heads, head_dim}),
-                          *lse);
+        attend(*mixed, scale, rotation, cu_seqlens, max_seqlen, *attended);
         add(*attended, proj, x, proj_scale, out);
     }
 

@@ -14,12 +14,11 @@ from vitfast.dropin.fused import Options
 from vitfast.dropin.parts import kind_name
 from vitfast.dropin.report import AccelerateReport, ReportRow
 from vitfast.dropin.together import Sequential, holds_blocks
+from vitfast.models.config import PRECISIONS, RECOMPUTES
 from vitfast.models.vit import VisionTransformer
 from vitfast.ops import backends
 from vitfast.ops.dispatch import FORCED, check_backend_name
 
-RECOMPUTE = ("none", "fused", "mlp", "block")
-PRECISIONS = ("float", "int8")
 # The ops that replaced modules call; a named backend must be there for each.
 _OPS = ("attention", "layer_norm", "linear_residual", "norm_attention", "norm_linear", "norm_mlp", "patch_embed")
 _log = logging.getLogger("vitfast")
@@ -140,8 +139,8 @@ def _check_module(model: Any) -> None:
 def _check(model: Any, backend: str, recompute: str, precision: str) -> Options:
     _check_module(model)
     check_backend_name(backend)
-    if recompute not in RECOMPUTE:
-        raise ValueError(f"recompute is {recompute!r}; allowed are {', '.join(map(repr, RECOMPUTE))}")
+    if recompute not in RECOMPUTES:
+        raise ValueError(f"recompute is {recompute!r}; allowed are {', '.join(map(repr, RECOMPUTES))}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; allowed are {', '.join(map(repr, PRECISIONS))}")
     if precision == "int8" and backend not in ("auto", "cpu"):

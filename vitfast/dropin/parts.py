@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from vitfast.layers.halves import AttentionHalf, Linear, MlpHalf, Norm
+from vitfast.layers.untouched import hooks_of
 from vitfast.ops.arguments import ACTIVATIONS, autocast_dtype, product_dtype
 
 # When the question is asked for: "now" as the modules' own training flags say, or for a mode that may come.
@@ -56,9 +57,7 @@ def why_hooked(name: str, module: nn.Module) -> str | None:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling ``module`` would run a forward or backward hook of its own."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    return any(hooks_of(module))
 
 
 def is_plain(tensor: Tensor | None) -> bool:
